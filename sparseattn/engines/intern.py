@@ -1,0 +1,51 @@
+"""Interned keys: a mechanism travels through operators, compile and export as a string.
+
+The key is the spec for a class that the registry holds, so that a loaded export can rebuild the
+mechanism in another process. For any other class the key also names the class object itself, so
+that two classes with one name never mix; such a key lives as long as the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+_known: dict[str, Any] = {}
+_keys: dict[Any, str] = {}
+_resolver: Callable[[str], Any] | None = None
+_holds: Callable[[Any], bool] | None = None
+
+
+def set_resolver(resolve: Callable[[str], Any], holds: Callable[[Any], bool]) -> None:
+    """Give the registry's functions: `resolve(spec)` makes a mechanism that `holds` recognises.
+
+    `holds(mechanism)` says whether its spec alone rebuilds it.
+    """
+    global _resolver, _holds
+    _resolver, _holds = resolve, holds
+    _keys.clear()
+
+
+def key(mechanism: Any) -> str:
+    """The string that stands for a mechanism in operator calls."""
+    found = _keys.get(mechanism)
+    if found is not None and type(_known[found]) is type(mechanism):
+        return found
+    spec = repr(mechanism)
+    if _holds is None or not _holds(mechanism):
+        cls = type(mechanism)
+        spec = f"{cls.__module__}.{cls.__qualname__}@{id(cls):x}:{spec}#{hash(mechanism):x}"
+    # Kept strongly: a backward pass may resolve the key long after the caller dropped the object.
+    _known[spec] = mechanism
+    _keys[mechanism] = spec
+    return spec
+
+
+def resolve(name: str) -> Any:
+    """The mechanism behind a key; a spec never seen in this process is built by the registry."""
+    found = _known.get(name)
+    if found is None:
+        if _resolver is None:
+            raise LookupError(f"no mechanism was interned under {name!r}")
+        found = _known[name] = _resolver(name)
+    return found
