@@ -39,13 +39,14 @@ TEXT_SHA256 = "bbe5635616c6e0e0bcf01b7b8c324be8b42451c51848f11c283bd2f4442b1e0a"
 CONTEXT = 2048
 WINDOW, SINKS = 256, 4
 
-# (layer, key-value group), one for each third of the 30 layers, chosen from `--survey` for what they
-# show. They are picked for spread and are no average of the model: the survey's last line is that.
+# (layer, key-value group), one for each third of the 30 layers, chosen from `--survey` for what
+# they show. They are picked for spread, not as an average: that is the survey's last line.
 #   2, 0   Layers 0-2 have no sinks. One diffuse head (hundreds of keys hold 90% of the mass, and a
 #          window of 256 beats the best 64 keys) and two local ones.
-#   10, 1  Layers 3-10 have their sinks away from the start: six occurrences of " the" (positions
-#          44, 51, 524, 840, 905, 1230), read from far away. The first 4 keys hold next to nothing
-#          here, so that keeping them, the usual remedy, cures nothing; few well chosen keys do.
+#   10, 1  Layers 3-10 have their sinks away from the start: above all six of the 47 " the"
+#          (positions 44, 51, 524, 840, 905, 1230), which later rows read from far away. The first
+#          4 keys hold next to nothing here, so that keeping them, the usual remedy, cures nothing;
+#          few well chosen keys do.
 #   23, 0  Layers 12-29 have their sink at key 0, which here takes half of the mass: a window
 #          without it is bad. The three heads read more and more beyond the window, so that window
 #          + sinks goes from fair to poor.
@@ -197,8 +198,9 @@ def safetensors(tensors: Tensors, metadata: dict[str, str]) -> bytes:
 def facts(q, k, v, scale) -> list[dict[str, float]]:
     """What each query head does, and by how much simple mechanisms miss it, in float64.
 
-    Mass and keys are medians over the rows; the strongest key is the one with the greatest mean mass
-    in the second half of the rows; an error is |out - ref| / |ref|, Frobenius norms over all rows.
+    Mass and keys are medians over the rows; the strongest key is the one with the greatest mean
+    mass in the second half of the rows; an error is |out - ref| / |ref|, Frobenius norms over all
+    rows.
     """
     q, k, v = q.double(), k.double(), v.double()
     n, r = q.shape[2], q.shape[1] // k.shape[1]

@@ -237,6 +237,10 @@ class MaskedSoftmax(Mechanism):
             lambda i, j: self.visible_in(i, j, torch.tensor(grid.m, device=i.device), grid.causal)
         )
 
+    def clauses(self, grid: Grid) -> Layout:
+        """What the engine calls: `layout(grid)`, also where an option bears the name `layout`."""
+        return self.layout(grid)
+
     def select(self, q: Tensor, k: Tensor, call: AttentionCall) -> Tensor:
         """Key blocks for each query and head: int32 `[B, Hq, N, S]`, -1 pads.
 
@@ -275,7 +279,7 @@ class MaskedSoftmax(Mechanism):
         if masked or placed or self.is_dynamic:
             return super().density(call)
         grid = Grid(call.n, call.m, call.causal, int(call.offset))
-        return self.layout(grid).density()
+        return self.clauses(grid).density()
 
     def implementations(self) -> tuple[Implementation, ...]:
         return engine_implementations("softmax")

@@ -101,7 +101,9 @@ class BlockLayout(CellClause):
         rows, width = len(starts) - 1, int(cols.max(initial=-1)) + 1
         keys = np.repeat(np.arange(rows), np.diff(starts)) * width + cols
         if not (keys[1:] > keys[:-1]).all():
-            keys = np.unique(keys)
+            # Stable, for rows that are sorted or nearly so; np.unique hashes, ten times slower.
+            keys = np.sort(keys, kind="stable")
+            keys = keys[np.append(True, keys[1:] != keys[:-1])]
             starts = np.searchsorted(keys, np.arange(rows + 1) * width)
         columns = (keys % max(width, 1)).astype(np.int32)
         sha = hashlib.sha256(np.array([block, rows], dtype="<i8").tobytes())
@@ -222,7 +224,8 @@ class BlockLayout(CellClause):
 
     def covers(self, rect: Rect) -> NDArray[np.bool_]:
         q0, q1, k0, k1 = (x // self.block for x in rect)
-        return self._listed(rect) == (q1 - q0 + 1) * (k1 - k0 + 1)
+        full: NDArray[np.bool_] = self._listed(rect) == (q1 - q0 + 1) * (k1 - k0 + 1)
+        return full
 
     def cell_count(self, q0: Ints, q1: Ints) -> Ints:
         first, last, _, _ = self._blocks((q0, q1, q0, q1))
@@ -303,7 +306,7 @@ class Grid:
     def band(self, left: int | None, right: int | None) -> Layout:
         """`-left <= j - i <= right`; None is unbounded. A negative count moves the edge past i."""
         way_out = "count keys before (left) and after (right) the query, or None"
-        ends = [None, None] if left is None and right is None else [left, right]
+        ends: list[int | None] = [None, None]
         for x, (name, end) in enumerate((("left", left), ("right", right))):
             if end is not None:
                 end = as_int(name, end, None, way_out)

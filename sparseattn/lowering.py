@@ -376,6 +376,11 @@ def nonempty(rect: Rect) -> NDArray[np.bool_]:
     return (rect[0] <= rect[1]) & (rect[2] <= rect[3])
 
 
+def take(rect: Rect, which: NDArray[Any]) -> Rect:
+    """Some of the rectangles."""
+    return rect[0][which], rect[1][which], rect[2][which], rect[3][which]
+
+
 @dataclass(frozen=True)
 class Frame:
     """What is lowered, and into which blocks: `n` queries from `offset` on, `m` keys from 0."""
@@ -450,7 +455,7 @@ class _Strip:
         live = nonempty(clip_all(self.others, rect))
         if not live.all():
             at, cols = at[live], cols[live]
-            rect = (rect[0][live], rect[1][live], rect[2][live], rect[3][live])
+            rect = take(rect, live)
         rows = self.rows[part][at]
         full = np.ones(len(rows), dtype=bool)
         for clause in self.others:
@@ -631,47 +636,65 @@ def block_masks(
     transposed: bool = False,
 ) -> torch.Tensor:
     """What `BlockCSR.entry_masks` returns, for a union and a frame that need not be lowered."""
-    row = torch.as_tensor(np.asarray(rows, dtype=np.int64), device=device)
-    col = torch.as_tensor(np.asarray(cols, dtype=np.int64), device=device)
+    row, col = np.asarray(rows, dtype=np.int64), np.asarray(cols, dtype=np.int64)
     if row.ndim != 1 or col.ndim != 2 or len(row) != len(col):
-        came = (tuple(row.shape), tuple(col.shape))
-        refuse("rows, cols", came, "shapes [T] and [T, S]", "give each row its list of columns")
-    queries, keys = (col, row[:, None]) if transposed else (row[:, None], col)
-    i, real_i = _positions(queries, frame.query_block, frame.n)
-    j, real_j = _positions(keys, frame.key_block, frame.m)
-    row_axis, col_axis = (2, 1) if not transposed else (1, 2)
-    i, real_i = i.unsqueeze(row_axis), real_i.unsqueeze(row_axis)
-    j, real_j = j.unsqueeze(col_axis), real_j.unsqueeze(col_axis)
-    return holds_any(terms, i + frame.offset, j) & real_i & real_j
+        refuse(
+            "rows, cols",
+            (row.shape, col.shape),
+            "shapes [T] and [T, S]",
+            "give each row its list of columns",
+        )
+    row = np.broadcast_to(row[:, None], col.shape)
+    queries, keys = (col.ravel(), row.ravel()) if transposed else (row.ravel(), col.ravel())
+    i, real_i = _positions(queries, frame.query_block, frame.n, device)
+    j, real_j = _positions(keys, frame.key_block, frame.m, device)
+    i, j = i[:, :, None] + frame.offset, j[:, None, :]
+    seen = torch.zeros(torch.broadcast_shapes(i.shape, j.shape), dtype=torch.bool, device=device)
+    in_grid = (queries >= 0) & (queries < frame.shape[0]) & (keys >= 0) & (keys < frame.shape[1])
+    blocks = np.flatnonzero(in_grid)
+    rect = frame.rect(queries[blocks], keys[blocks])
+    for term in terms:
+        # Only where something can be seen, and there only the clauses that cut something off.
+        live = nonempty(clip_all(term, rect))
+        at = torch.as_tensor(blocks[live], device=device)
+        inside = torch.ones((len(at), *seen.shape[1:]), dtype=torch.bool, device=device)
+        for clause in term:
+            cuts = np.flatnonzero(~clause.covers(take(rect, live)))
+            some = torch.as_tensor(cuts, device=device)
+            if len(cuts):
+                inside[some] &= clause.holds(i[at[some]], j[at[some]])
+        seen[at] |= inside
+    seen &= real_i[:, :, None] & real_j[:, None, :]
+    tiles = seen.unflatten(0, col.shape)  # [T, S, query_block, key_block]
+    return tiles.permute(0, 3, 1, 2).flatten(2) if transposed else tiles.transpose(1, 2).flatten(2)
 
 
-def _positions(blocks: torch.Tensor, size: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices in blocks `[T, S]` as `[T, S * size]`, held within range, and which are real."""
-    index = blocks[:, :, None] * size + torch.arange(size, device=blocks.device)
-    index = index.flatten(1)
+def _positions(
+    blocks: Ints, size: int, count: int, device: torch.device | str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices in blocks `[X]` as `[X, size]`, held within range, and which are real."""
+    first = torch.as_tensor(blocks * size, device=device)
+    index = first[:, None] + torch.arange(size, device=device)
     # Held within range so that a pattern that looks things up by position never reads past its end.
     return index.clamp(0, max(count - 1, 0)), (index >= 0) & (index < count)
 
 
 def lower_terms(terms: Terms, frame: Frame) -> BlockCSR:
     """Lower a union of terms to blocks, in memory proportional to entries and rows."""
-    slabs = [
-        (
-            np.stack(np.unique(slab.rows, return_counts=True)),
-            slab.cols.astype(np.int32),
-            slab.full,
-            slab.terms,
-        )
-        for slab in entries_of(terms, frame)
-    ]
     counts = np.zeros(frame.shape[0], dtype=np.int64)
-    for rows, _, _, _ in slabs:
-        counts[rows[0]] = rows[1]
+    indices, full, bits = [np.empty(0, np.int32)], [np.empty(0, np.bool_)], [np.empty(0, np.int64)]
+    for slab in entries_of(terms, frame):
+        if len(slab.rows):
+            in_row = np.bincount(slab.rows - slab.rows[0])
+            counts[slab.rows[0] : slab.rows[0] + len(in_row)] = in_row
+        indices.append(slab.cols.astype(np.int32))
+        full.append(slab.full)
+        bits.append(slab.terms)
     return BlockCSR(
         indptr=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
-        indices=np.concatenate([np.empty(0, np.int32), *(slab[1] for slab in slabs)]),
-        full=np.concatenate([np.empty(0, np.bool_), *(slab[2] for slab in slabs)]),
-        terms=np.concatenate([np.empty(0, np.int64), *(slab[3] for slab in slabs)]),
+        indices=np.concatenate(indices),
+        full=np.concatenate(full),
+        terms=np.concatenate(bits),
         union=terms,
         frame=frame,
     )
@@ -687,17 +710,17 @@ def count_pairs(terms: Terms, frame: Frame) -> int:
         total += int(everything[slab.full].sum())
         left = ~slab.full
         for bit, term in enumerate(terms[:LAST_BIT]):
-            # Blocks in which one term alone is visible, and it is a band of a rectangle.
-            if all(isinstance(clause, (Band, FirstKeys, FirstQueries)) for clause in term):
-                alone = left & (slab.terms == 1 << bit)
-                cut = clip_all(
-                    term, (rect[0][alone], rect[1][alone], rect[2][alone], rect[3][alone])
-                )
-                band = next(
-                    (clause for clause in term if isinstance(clause, Band)), Band(None, None)
-                )
-                total += int(band.count(cut).sum())
-                left &= ~alone
+            # Where one term alone is visible, and what is left of the block is cut by a band only.
+            alone = np.flatnonzero(left & (slab.terms == 1 << bit))
+            cut = clip_all(term, take(rect, alone))
+            band, known = Band(None, None), np.ones(len(alone), dtype=bool)
+            for clause in term:
+                if isinstance(clause, Band):
+                    band = clause
+                else:
+                    known &= clause.covers(cut)
+            total += int(band.count(take(cut, known)).sum())
+            left[alone[known]] = False
         rows, cols = slab.rows[left], slab.cols[left]
         for at in range(0, len(rows), at_once):
             part = slice(at, at + at_once)

@@ -1,0 +1,1 @@
+"""The engines that make declared maths fast: softmax over a layout, and kernelised attention."""

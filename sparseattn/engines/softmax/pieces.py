@@ -1,0 +1,279 @@
+"""Bands as pieces: rectangles and folds, each a few large calls to torch's fused CPU kernel.
+
+A plan is a list of pieces that cover every visible pair exactly once. Pieces that share rows are
+merged by their lse, and each backward takes the total lse, so pieces never know of one another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .primitive import additive, flash_backward, flash_forward, merge, wide
+
+# Elements of a rectangle's mask, which all heads share, and of one slab of folded key gradients.
+_MASK_ELEMENTS = 2**18
+_SLAB_ELEMENTS = 2**21
+
+
+@dataclass(frozen=True)
+class Rect:
+    """Queries `r0:r1` against keys `k0:k1`: all of them, `j <= i` of a square, or a band.
+
+    `band` is (left, right) with `shift`: row r and column c of the rectangle are visible where
+    `-left <= c - r + shift <= right`.
+    """
+
+    r0: int
+    r1: int
+    k0: int
+    k1: int
+    causal: bool = False
+    band: tuple[int, int] | None = None
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class Fold:
+    """`tiles` tiles of `size` queries from `r0`; tile t sees keys from `k0 + t * size`.
+
+    Every tile is the same picture moved along the diagonal, so one small mask serves all, and keys
+    are read through an overlapping view, never copied.
+    """
+
+    r0: int
+    tiles: int
+    size: int
+    k0: int
+    left: int
+    right: int
+
+    @property
+    def r1(self) -> int:
+        return self.r0 + self.tiles * self.size
+
+    @property
+    def width(self) -> int:
+        return self.size + self.left + self.right
+
+
+Piece = Rect | Fold
+
+
+def fold_size(left: int, right: int) -> int:
+    """Queries a tile: more waste less of a wide band on the triangles; measured on 2 cores."""
+    return 64 if left + right >= 192 else 32 if left + right >= 48 else 16
+
+
+@lru_cache(maxsize=256)
+def plan_band(n: int, m: int, offset: int, left: int | None, right: int | None) -> tuple[Piece, ...]:
+    """Pieces for `-left <= j - p <= right`, p = offset + row, over n rows and m keys."""
+    far = n + m + abs(offset)
+    left = far if left is None else min(left, far)
+    right = far if right is None else min(right, far)
+    first, last = max(0, -right - offset), min(n, m + left - offset)
+    if first >= last:
+        return ()
+    size = fold_size(left, right)
+    low, high = max(first, left - offset), min(last, m - right - offset)
+    tiles = max(0, high - low) // size
+    if tiles < 2:
+        return tuple(_edge(first, last, m, offset, left, right))
+    stop = low + tiles * size
+    fold = Fold(low, tiles, size, low + offset - left, left, right)
+    return (
+        *_edge(first, low, m, offset, left, right),
+        fold,
+        *_edge(stop, last, m, offset, left, right),
+    )
+
+
+def _edge(r0: int, r1: int, m: int, offset: int, left: int, right: int) -> list[Piece]:
+    """Rectangles for rows that a fold cannot serve: near either end, or of a wide band."""
+    if r0 >= r1:
+        return []
+    p0, p1 = r0 + offset, r1 - 1 + offset
+    k0, k1 = max(0, p0 - left), min(m, p1 + right + 1)
+    if p1 - left <= k0 and p0 + right >= k1 - 1:
+        return [Rect(r0, r1, k0, k1)]
+    if right == 0 and p1 - left <= 0 and p0 >= 0:
+        square = Rect(r0, r1, p0, p1 + 1, causal=True)
+        return [square] if p0 == 0 else [square, Rect(r0, r1, 0, p0)]
+    rows = max(16, _MASK_ELEMENTS // (k1 - k0))
+    if rows >= r1 - r0:
+        return [Rect(r0, r1, k0, k1, band=(left, right), shift=k0 - p0)]
+    pieces: list[Piece] = []
+    for start in range(r0, r1, rows):
+        pieces += _edge_slab(start, min(start + rows, r1), m, offset, left, right)
+    return pieces
+
+
+def _edge_slab(r0: int, r1: int, m: int, offset: int, left: int, right: int) -> list[Piece]:
+    p0, p1 = r0 + offset, r1 - 1 + offset
+    k0, k1 = max(0, p0 - left), min(m, p1 + right + 1)
+    if p1 - left <= k0 and p0 + right >= k1 - 1:
+        return [Rect(r0, r1, k0, k1)]
+    return [Rect(r0, r1, k0, k1, band=(left, right), shift=k0 - p0)]
+
+
+@lru_cache(maxsize=128)
+def _band_mask(
+    rows: int, cols: int, left: int, right: int, shift: int, dtype: torch.dtype
+) -> Tensor:
+    # Shared by all tiles and heads; built outside autograd and never returned by an operator.
+    distance = torch.arange(cols)[None] - torch.arange(rows)[:, None] + shift
+    return additive((distance >= -left) & (distance <= right), dtype)
+
+
+def _mask_of(piece: Piece, dtype: torch.dtype) -> Tensor | None:
+    if isinstance(piece, Fold):
+        # Column 0 of a tile is `left` keys before its first query.
+        return _band_mask(piece.size, piece.width, piece.left, piece.right, -piece.left, dtype)
+    if piece.band is None:
+        return None
+    rows, cols = piece.r1 - piece.r0, piece.k1 - piece.k0
+    return _band_mask(rows, cols, *piece.band, piece.shift, dtype)
+
+
+def _fold_keys(x: Tensor, piece: Fold, start: int, tiles: int) -> Tensor:
+    """`[Z, m, D]` as overlapping tiles `[Z, tiles, width, D]`, without a copy."""
+    z, _, d = x.shape
+    offset = x.storage_offset() + (piece.k0 + start * piece.size) * x.stride(1)
+    strides = (x.stride(0), piece.size * x.stride(1), x.stride(1), x.stride(2))
+    return x.as_strided((z, tiles, piece.width, d), strides, offset)
+
+
+def forward(
+    pieces: tuple[Piece, ...], q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention over a plan: q `[Z, G, n, D]` (G query heads share a key head), k, v `[Z, m, .]`.
+
+    Returns:
+        out `[Z, G, n, Dv]` and lse `[Z, G, n]`; rows in no piece are 0 and -inf.
+    """
+    z, g, n, _ = q.shape
+    out = q.new_empty(z, g, n, v.shape[-1])
+    lse = q.new_empty(z, g, n, dtype=wide(q.dtype))
+    done: list[tuple[int, int]] = []
+    for piece in pieces:
+        rows = slice(piece.r0, piece.r1)
+        shared = any(a < piece.r1 and piece.r0 < b for a, b in done)
+        done.append((piece.r0, piece.r1))
+        mask = _mask_of(piece, q.dtype)
+        for head in range(g):
+            if isinstance(piece, Fold):
+                tile = (piece.tiles, piece.size)
+                o, s = flash_forward(
+                    q[:, head, rows].unflatten(1, tile),
+                    _fold_keys(k, piece, 0, piece.tiles),
+                    _fold_keys(v, piece, 0, piece.tiles),
+                    scale,
+                    mask,
+                )
+                o, s = o.flatten(1, 2), s.flatten(1, 2)
+            else:
+                keys = slice(piece.k0, piece.k1)
+                o, s = flash_forward(
+                    q[:, head, rows][None], k[:, keys][None], v[:, keys][None], scale, mask, piece.causal
+                )
+                o, s = o[0], s[0]
+            if shared:
+                merge(out[:, head, rows], lse[:, head, rows], o, s)
+            else:
+                out[:, head, rows] = o
+                lse[:, head, rows] = s
+    start = 0
+    for a, b in [*sorted(done), (n, n)]:
+        if a > start:
+            out[:, :, start:a] = 0
+            lse[:, :, start:a] = -torch.inf
+        start = max(start, b)
+    return out, lse
+
+
+def backward(
+    pieces: tuple[Piece, ...],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, wide; shapes as `forward`."""
+    acc = wide(q.dtype)
+    dq = torch.zeros(q.shape, dtype=acc)
+    dk, dv = torch.zeros(k.shape, dtype=acc), torch.zeros(v.shape, dtype=acc)
+    for piece in pieces:
+        mask = _mask_of(piece, q.dtype)
+        for head in range(q.shape[1]):
+            dlse = None if grad_lse is None else grad_lse[:, head]
+            args = (grad_out[:, head], dlse, q[:, head], k, v, out[:, head], lse[:, head])
+            if isinstance(piece, Fold):
+                _fold_backward(piece, mask, args, scale, dq[:, head], dk, dv)
+                continue
+            rows, keys = slice(piece.r0, piece.r1), slice(piece.k0, piece.k1)
+            cut = (rows, rows, rows, keys, keys, rows, rows)
+            part = (None if x is None else x[:, c][None] for x, c in zip(args, cut, strict=True))
+            a, b, c = flash_backward(*part, scale, mask, piece.causal)  # type: ignore[arg-type]
+            dq[:, head, rows] += a[0]
+            dk[:, keys] += b[0]
+            dv[:, keys] += c[0]
+    return dq, dk, dv
+
+
+def _fold_backward(
+    piece: Fold,
+    mask: Tensor | None,
+    args: tuple[Tensor | None, ...],
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    grad_out, grad_lse, q, k, v, out, lse = args
+    assert q is not None and k is not None and v is not None
+    # Folded key gradients are width / size times as large as keys: only a slab at a time.
+    per_tile = k.shape[0] * piece.width * k.shape[-1]
+    step = max(1, _SLAB_ELEMENTS // per_tile)
+    for start in range(0, piece.tiles, step):
+        tiles = min(step, piece.tiles - start)
+        rows = slice(piece.r0 + start * piece.size, piece.r0 + (start + tiles) * piece.size)
+        tile = (tiles, piece.size)
+        g, s, qt, o, t = (
+            None if x is None else x[:, rows].unflatten(1, tile)
+            for x in (grad_out, grad_lse, q, out, lse)
+        )
+        kt, vt = _fold_keys(k, piece, start, tiles), _fold_keys(v, piece, start, tiles)
+        a, b, c = flash_backward(g, s, qt, kt, vt, o, t, scale, mask)  # type: ignore[arg-type]
+        dq[:, rows] += a.flatten(1, 2)
+        base = piece.k0 + start * piece.size
+        _overlap_add(dk, b, base, piece.size)
+        _overlap_add(dv, c, base, piece.size)
+
+
+def _overlap_add(total: Tensor, tiles: Tensor, base: int, size: int) -> None:
+    """Add tiles `[Z, T, width, D]`, tile t from row `base + t * size`, into `[Z, m, D]`.
+
+    Strip by strip: strips of one index never overlap, so each is one plain, deterministic addition.
+    """
+    count, width = tiles.shape[1], tiles.shape[2]
+    for at in range(0, width, size):
+        strip = tiles[:, :, at : at + size]
+        length = strip.shape[2]
+        if length == size:
+            rows = total[:, base + at : base + at + count * size]
+            rows.unflatten(1, (count, size)).add_(strip)
+        else:  # the last strip is narrower than its step
+            z, _, d = total.shape
+            view = total.as_strided(
+                (z, count, length, d),
+                (total.stride(0), size * total.stride(1), total.stride(1), total.stride(2)),
+                total.storage_offset() + (base + at) * total.stride(1),
+            )
+            view.add_(strip)
