@@ -195,9 +195,10 @@ class BlockLayout(CellClause):
 
     def holds(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         row, col = i // self.block, j // self.block
-        real = (row >= 0) & (row < self.rows) & (col >= 0) & (col < self._width)
+        # Rows outside the list need no test: their keys lie below or above all that are listed.
+        real = (col >= 0) & (col < self._width)
         if len(self.indices) == 0:
-            return torch.zeros_like(real)
+            return torch.zeros_like(real & (row == 0))
         keys, wanted = self._keys.to(i.device), row * self._width + col
         found = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
         return real & (keys[found] == wanted)

@@ -437,12 +437,13 @@ class _Strip:
             return
         self.cost = width
         for clause in term:
-            # A comb is worth walking tooth by tooth only where whole blocks fall between its teeth.
+            # Teeth are walked one by one only where a block fits between them: then no two of them
+            # share a block, and blocks are skipped.
             comb = clause.comb(self.q0, self.q1)
-            if comb is not None:
+            if comb is not None and comb[1] - int(comb[2].max()) >= frame.key_block:
                 teeth = (self.k1 - self.k0 + 1) // comb[1] + 2
                 cost = teeth * ((comb[2] - 1) // frame.key_block + 2)
-                if 2 * int(cost.sum()) < int(self.cost.sum()):
+                if int(cost.sum()) < int(self.cost.sum()):
                     self.comb, self.cost = comb, np.where(live, cost, 0)
 
     def entries(self, part: slice, bit: int) -> Entries:
@@ -477,9 +478,6 @@ class _Strip:
         start = base[at] + tooth * period
         first = np.maximum(start, k0[at]) // self.frame.key_block
         last = np.minimum(start + length[at] - 1, k1[at]) // self.frame.key_block
-        # Neighbouring teeth may end and begin in one block; the later one gives way.
-        same = at[1:] == at[:-1]
-        first[1:] = np.where(same, np.maximum(first[1:], last[:-1] + 1), first[1:])
         owner, cols = ragged(first, last - first + 1)
         return at[owner], cols
 

@@ -1,0 +1,349 @@
+"""The public calls: `attention`, `attention_weights` and `explain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .base import REFERENCE, Implementation, Mechanism
+from .call import AttentionCall
+from .errors import InvalidInputError, UnsupportedCallError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `attention` would do with a call, and why; `print` it.
+
+    Attributes:
+        mechanism: the spec. nature: of the mechanism.
+        impl: the implementation chosen, or None where none serves.
+        refusals: why the mechanism itself cannot serve the call; empty when it can.
+        rejected: for each other implementation, why it was not taken.
+        call: the validated request.
+    """
+
+    mechanism: str
+    nature: str
+    impl: str | None
+    refusals: tuple[str, ...]
+    rejected: dict[str, tuple[str, ...]]
+    call: AttentionCall
+
+    def __str__(self) -> str:
+        call = self.call
+        lines = [
+            f"mechanism       {self.mechanism} ({self.nature})",
+            f"call            q [{call.batch}, {call.q_heads}, {call.n}, {call.head_dim}], "
+            f"k [{call.batch}, {call.kv_heads}, {call.m}, {call.head_dim}], {call.dtype}, "
+            f"{call.device}, {'causal' if call.causal else 'not causal'}",
+            f"implementation  {self.impl or 'none'}",
+        ]
+        lines += [f"  refused: {reason}" for reason in self.refusals]
+        for name, reasons in self.rejected.items():
+            lines += [f"  not {name}: {reason}" for reason in reasons]
+        return "\n".join(lines)
+
+
+def candidates(mechanism: Mechanism) -> list[Implementation]:
+    """Every implementation in the order that `impl="auto"` tries them.
+
+    The mechanism's own come first, then other plugins', then `reference`; the preferred ones
+    (`sa.prefer`) come before all.
+    """
+    found = [*mechanism.implementations(), *registry.extra_implementations(mechanism.name), REFERENCE]
+    preferred = registry.preferred()
+    if not preferred:
+        return found
+    rank = {name: at for at, name in enumerate(preferred)}
+    return sorted(found, key=lambda impl: rank.get(impl.name, len(rank)))
+
+
+def _refuse(mechanism: Mechanism, call: AttentionCall) -> None:
+    reasons = mechanism.refusals(call)
+    if reasons:
+        raise UnsupportedCallError.of(f"mechanism {mechanism!r}", reasons)
+
+
+def choose(mechanism: Mechanism, call: AttentionCall, impl: str = "auto") -> Implementation:
+    """The implementation that serves a call.
+
+    Raises:
+        InvalidInputError: `impl` names no implementation of this mechanism.
+        UnsupportedCallError: it cannot serve the call; `reasons` has every reason.
+    """
+    found = candidates(mechanism)
+    if impl == "auto":
+        for one in found:
+            if not one.supports(mechanism, call):
+                return one
+        reasons = [f"{one.name}: {r}" for one in found for r in one.supports(mechanism, call)]
+        raise UnsupportedCallError.of(f"every implementation of {mechanism!r}", reasons)
+    named = [one for one in found if one.name == impl]
+    if not named:
+        known = ["auto", *(one.name for one in found)]
+        raise InvalidInputError(
+            f"impl={impl!r:.80} is no implementation of {mechanism.name!r}; expected one of "
+            f"{', '.join(known)}.{did_you_mean(str(impl), known)}"
+        )
+    reasons = named[0].supports(mechanism, call)
+    if reasons:
+        raise UnsupportedCallError.of(
+            f"implementation {impl!r} of {mechanism!r}", reasons, 'impl="auto" takes one that does'
+        )
+    return named[0]
+
+
+def _autocast(q: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    """Cast to the autocast dtype, as torch's own attention does; float64 is left alone."""
+    tensors = (q, *rest)
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return tensors
+    kind = q.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def _check_result(
+    impl: Implementation, mechanism: Mechanism, result: Any, call: AttentionCall
+) -> tuple[Tensor, Tensor | None]:
+    """Hold an implementation to its shapes: a wrong one must not travel on."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise UnsupportedCallError(
+            f"implementation {impl.name!r} of {mechanism!r} returned {type(result).__name__}; "
+            "expected (out, lse or None)"
+        )
+    out, lse = result
+    shape = (call.batch, call.q_heads, call.n, call.value_dim)
+    if not isinstance(out, Tensor) or tuple(out.shape) != shape or out.dtype != call.dtype:
+        came = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise UnsupportedCallError(
+            f"implementation {impl.name!r} of {mechanism!r} returned out {came}; expected "
+            f"{call.dtype} {list(shape)}"
+        )
+    if call.needs_lse and (not isinstance(lse, Tensor) or tuple(lse.shape) != shape[:3]):
+        raise UnsupportedCallError(
+            f"implementation {impl.name!r} of {mechanism!r} returned no lse of shape "
+            f'{list(shape[:3])}; take another with impl=, such as "reference"'
+        )
+    return out, lse
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mechanism: Any = ..., *, return_lse: Literal[False] = ..., **kw: Any
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mechanism: Any = ..., *, return_lse: Literal[True], **kw: Any
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: str | Mechanism = "full",
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    q_segments: Tensor | None = None,
+    kv_segments: Tensor | None = None,
+    q_offset: int | Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    cache: Any = None,
+    impl: str = "auto",
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention by any mechanism: `out = W(q, k) @ v`.
+
+    Args:
+        q: queries `[B, Hq, N, D]`; float64, float32, bfloat16 or float16.
+        k: keys `[B, Hkv, M, D]`; query head h reads key-value head `h // (Hq / Hkv)`.
+        v: values `[B, Hkv, M, Dv]`.
+        mechanism: a name (`"windowed"`, with its `options` as keywords), a spec string
+            (`"windowed(window=256, sinks=4)"`) or an instance from `sa.mechanism`.
+        causal: query i sees keys up to its own position, bottom-right aligned:
+
+            N=2, M=4    1 1 1 0        N=4, M=2    0 0
+                        1 1 1 1                    0 0
+                                                   1 0
+                                                   1 1
+        scale: multiplies `q . k`; default `D ** -0.5`.
+        key_mask: bool `[B, M]`, True where a key may be seen.
+        q_segments, kv_segments: int `[B, N]`, `[B, M]`: attend only where equal (packing). One
+            alone serves both when N == M.
+        q_offset: position of query 0 in key coordinates (int, or int tensor `[B]`) instead of
+            `M - N`.
+        softcap: `cap * tanh(logit / cap)` before masking.
+        sink_logits: `[Hq]`, one extra logit a head that takes weight and has no value.
+        bias: `[B or 1, Hq or 1, N or 1, M]`, added to the logits after softcap; differentiable.
+        cache: reserved for decode caches, which this version does not have: anything but None is
+            refused.
+        impl: an implementation's name, or "auto" for the first that supports the call.
+        return_lse: also return the log normaliser (natural log), softmax natures only.
+
+    Returns:
+        out `[B, Hq, N, Dv]` in q's dtype; with `return_lse`, `(out, lse [B, Hq, N])`, lse in
+        float32 (float64 for float64). A query that sees no key gets 0 and lse -inf.
+
+    Raises:
+        InvalidInputError: an argument is malformed.
+        UnsupportedCallError: the mechanism or implementation cannot serve the call.
+        UnknownMechanismError, UnknownOptionError: no such name or option.
+    """
+    mech = registry.mechanism(mechanism, **options)
+    q, k, v = _autocast(q, k, v)
+    call = AttentionCall.make(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        key_mask=key_mask,
+        q_segments=q_segments,
+        kv_segments=kv_segments,
+        q_offset=q_offset,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        bias=bias,
+        needs_lse=return_lse,
+        cached=cache is not None,
+    )
+    if cache is not None:
+        raise UnsupportedCallError(
+            f"cache= was given ({type(cache).__name__}), but this version has no decode caches; "
+            "pass all keys and values, with the new queries alone in q"
+        )
+    _refuse(mech, call)
+    chosen = choose(mech, call, impl)
+    out, lse = _check_result(chosen, mech, chosen.run(mech, q, k, v, call), call)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    mechanism: str | Mechanism = "full",
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    q_segments: Tensor | None = None,
+    kv_segments: Tensor | None = None,
+    q_offset: int | Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The dense attention map of a mechanism, from its definition in float64: for small N.
+
+    Args:
+        q: `[B, Hq, N, D]`, k: `[B, Hkv, M, D]`; the rest as in `attention`.
+
+    Returns:
+        W `[B, Hq, N, M]` in q's dtype; `W @ v` is the attention. Memory is N x M by nature.
+    """
+    mech = registry.mechanism(mechanism, **options)
+    q, k = _autocast(q, k)
+    call = AttentionCall.make(
+        q,
+        k,
+        k,
+        causal=causal,
+        scale=scale,
+        key_mask=key_mask,
+        q_segments=q_segments,
+        kv_segments=kv_segments,
+        q_offset=q_offset,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        bias=bias,
+    )
+    _refuse(mech, call)
+    return _dense_map(mech, q, k, call)
+
+
+def _dense_map(mech: Mechanism, q: Tensor, k: Tensor, call: AttentionCall) -> Tensor:
+    from .reference import make_inert
+
+    call = mech.with_selection(q, k, call).to_dtype(torch.float64)
+    wide_q, wide_k = q.to(torch.float64), k.to(torch.float64)
+    wide_q, wide_k, _ = make_inert(wide_q, wide_k, wide_k, mech.mask(call), call.groups)
+    return mech.weights(wide_q, wide_k, call).to(q.dtype)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: str | Mechanism = "full",
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    q_segments: Tensor | None = None,
+    kv_segments: Tensor | None = None,
+    q_offset: int | Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    cache: Any = None,
+    impl: str = "auto",
+    return_lse: bool = False,
+    **options: Any,
+) -> Explanation:
+    """Which implementation `attention` would take for the same arguments, and why no other.
+
+    Nothing is computed. Arguments as in `attention`; a malformed one raises as it would there.
+    """
+    mech = registry.mechanism(mechanism, **options)
+    q, k, v = _autocast(q, k, v)
+    call = AttentionCall.make(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        key_mask=key_mask,
+        q_segments=q_segments,
+        kv_segments=kv_segments,
+        q_offset=q_offset,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        bias=bias,
+        needs_lse=return_lse,
+        cached=cache is not None,
+    )
+    refusals = list(mech.refusals(call))
+    if cache is not None:
+        refusals.append("this version has no decode caches")
+    rejected: dict[str, tuple[str, ...]] = {}
+    taken: str | None = None
+    found = candidates(mech)
+    if impl != "auto" and impl not in [one.name for one in found]:
+        choose(mech, call, impl)  # raises, with the names that there are
+    for one in found:
+        reasons = list(one.supports(mech, call))
+        if impl != "auto" and one.name != impl:
+            reasons.append(f"impl={impl!r} was asked for")
+        elif not reasons and taken is not None:
+            reasons.append(f"{taken} comes first")
+        if reasons or refusals:
+            rejected[one.name] = tuple(reasons or ["the mechanism refuses the call"])
+        else:
+            taken = one.name
+    return Explanation(repr(mech), mech.nature, taken, tuple(refusals), rejected, call)
