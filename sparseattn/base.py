@@ -145,9 +145,7 @@ class Mechanism:
             f"mechanism {self.name!r} must define weights(q, k, call) -> [B, Hq, N, M]"
         )
 
-    def definition(
-        self, q: Tensor, k: Tensor, call: AttentionCall
-    ) -> tuple[Tensor, Tensor | None]:
+    def definition(self, q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """`weights`, and lse `[B, Hq, N]` where the nature has one."""
         return self.weights(q, k, call), None
 
@@ -214,7 +212,9 @@ class MaskedSoftmax(Mechanism):
     """
 
     nature: ClassVar[str] = "masked_softmax"
-    honours: ClassVar[frozenset[str]] = frozenset({"scale", "softcap", "sink_logits", "bias", "lse"})
+    honours: ClassVar[frozenset[str]] = frozenset(
+        {"scale", "softcap", "sink_logits", "bias", "lse"}
+    )
     block: int  # of a dynamic mechanism: keys a selected block. An option or a class attribute.
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
@@ -267,9 +267,7 @@ class MaskedSoftmax(Mechanism):
     def weights(self, q: Tensor, k: Tensor, call: AttentionCall) -> Tensor:
         return self.definition(q, k, call)[0]
 
-    def definition(
-        self, q: Tensor, k: Tensor, call: AttentionCall
-    ) -> tuple[Tensor, Tensor | None]:
+    def definition(self, q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         call = self.with_selection(q, k, call)
         scores = reference.logits(q, k, call)
         return reference.masked_softmax(scores, self.mask(call), call.sink_logits)
@@ -339,5 +337,3 @@ class KernelizedLinear(Mechanism):
 
     def implementations(self) -> tuple[Implementation, ...]:
         return engine_implementations("linear")
-
-

@@ -114,9 +114,7 @@ class AttentionCall:
         if not isinstance(causal, bool):
             raise InvalidInputError(f"causal must be True or False, got {_describe(causal)}")
         if not isinstance(needs_lse, bool):
-            raise InvalidInputError(
-                f"return_lse must be True or False, got {_describe(needs_lse)}"
-            )
+            raise InvalidInputError(f"return_lse must be True or False, got {_describe(needs_lse)}")
         if scale is not None:
             _check_number("scale", scale)
             scale = float(scale)
@@ -153,8 +151,7 @@ class AttentionCall:
             _check_float_tensor("sink_logits", sink_logits, q.device)
             if tuple(sink_logits.shape) != (q_heads,):
                 raise InvalidInputError(
-                    f"sink_logits must have shape [Hq] = [{q_heads}], got "
-                    f"{list(sink_logits.shape)}"
+                    f"sink_logits must have shape [Hq] = [{q_heads}], got {list(sink_logits.shape)}"
                 )
         if bias is not None:
             _check_bias(bias, batch, q_heads, n, m, q.device)
@@ -450,8 +447,7 @@ def _check_q_offset(offset: object, batch: int, device: torch.device) -> int | T
     if isinstance(offset, Tensor):
         if offset.dtype not in (torch.int64, torch.int32) or tuple(offset.shape) != (batch,):
             raise InvalidInputError(
-                f"q_offset must be an int or an int tensor [B] = [{batch}], got "
-                f"{_describe(offset)}"
+                f"q_offset must be an int or an int tensor [B] = [{batch}], got {_describe(offset)}"
             )
         if offset.device != device:
             raise InvalidInputError(f"q_offset is on {offset.device} but q is on {device}")

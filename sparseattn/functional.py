@@ -54,7 +54,11 @@ def candidates(mechanism: Mechanism) -> list[Implementation]:
     The mechanism's own come first, then other plugins', then `reference`; the preferred ones
     (`sa.prefer`) come before all.
     """
-    found = [*mechanism.implementations(), *registry.extra_implementations(mechanism.name), REFERENCE]
+    found = [
+        *mechanism.implementations(),
+        *registry.extra_implementations(mechanism.name),
+        REFERENCE,
+    ]
     preferred = registry.preferred()
     if not preferred:
         return found
@@ -138,7 +142,13 @@ def _check_result(
 
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mechanism: Any = ..., *, return_lse: Literal[False] = ..., **kw: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mechanism: Any = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    **kw: Any,
 ) -> Tensor: ...
 @overload
 def attention(

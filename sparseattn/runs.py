@@ -92,9 +92,7 @@ def cut(call: AttentionCall) -> list[Run]:
 _Row = tuple[int, int, int, int, int, int, bool]
 
 
-def _piece(
-    mask: np.ndarray | None, b: int, start: int, stop: int
-) -> tuple[int, int, bool] | None:
+def _piece(mask: np.ndarray | None, b: int, start: int, stop: int) -> tuple[int, int, bool] | None:
     """The allowed span of keys `start:stop` of row b, and whether it has holes."""
     if mask is None:
         return (start, stop, False) if stop > start else None

@@ -7,6 +7,7 @@ that two classes with one name never mix; such a key lives as long as the proces
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,9 @@ def key(mechanism: Any) -> str:
     if found is not None and type(_known[found]) is type(mechanism):
         return found
     spec = repr(mechanism)
-    if _holds is None or not _holds(mechanism):
+    known = _known.get(spec)
+    replaced = known is not None and type(known) is not type(mechanism)
+    if _holds is None or replaced or not _holds(mechanism):
         cls = type(mechanism)
         spec = f"{cls.__module__}.{cls.__qualname__}@{id(cls):x}:{spec}#{hash(mechanism):x}"
     # Kept strongly: a backward pass may resolve the key long after the caller dropped the object.
@@ -46,6 +49,9 @@ def resolve(name: str) -> Any:
     found = _known.get(name)
     if found is None:
         if _resolver is None:
-            raise LookupError(f"no mechanism was interned under {name!r}")
+            # A loaded export may run before anything else of the package was used. The registry is
+            # a higher floor, so it is reached by name, and only here.
+            importlib.import_module("sparseattn.registry")
+        assert _resolver is not None
         found = _known[name] = _resolver(name)
     return found

@@ -63,9 +63,7 @@ def _blocked(x: Tensor, size: int) -> Tensor:
     return x.unflatten(1, (-1, size))
 
 
-def forward(
-    csr: BlockCSR, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(csr: BlockCSR, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over a lowered layout: q `[Z, G, n, D]`, k, v `[Z, m, .]`.
 
     Returns:
@@ -86,7 +84,9 @@ def forward(
             o, s = flash_forward(qb[head::g, batch.rows], kt, vt, scale, mask)
             out[head::g, batch.rows] = o
             lse[head::g, batch.rows] = s
-    return out.flatten(1, 2)[:, :n].unflatten(0, (z, g)), lse.flatten(1, 2)[:, :n].unflatten(0, (z, g))
+    return out.flatten(1, 2)[:, :n].unflatten(0, (z, g)), lse.flatten(1, 2)[:, :n].unflatten(
+        0, (z, g)
+    )
 
 
 def backward(

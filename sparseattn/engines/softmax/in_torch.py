@@ -113,7 +113,9 @@ class TorchKernel:
             out, lse = self.forward(mechanism, q, k, padded, call.replace(value_dim=1))
             return out[..., :0], lse
         if len(runs) == 1 and runs[0].n == call.n and runs[0].batch == slice(0, call.batch):
-            return self._run_forward(mechanism, q, k[:, :, runs[0].keys], v[:, :, runs[0].keys], runs[0].subcall(call))
+            return self._run_forward(
+                mechanism, q, k[:, :, runs[0].keys], v[:, :, runs[0].keys], runs[0].subcall(call)
+            )
         out = q.new_zeros(*shape, call.value_dim)
         lse = q.new_full(shape, -torch.inf, dtype=wide(q.dtype))
         for run in runs:
@@ -162,13 +164,23 @@ class TorchKernel:
             dbias = torch.zeros(call.bias.shape, dtype=acc, device=q.device)
         for run in cut(call) if call.q_heads else []:
             rows, keys = (run.batch, slice(None), run.queries), (run.batch, slice(None), run.keys)
-            part = (
-                None if x is None else x[rows] for x in (grad_out, grad_lse, q)
-            )
+            part = (None if x is None else x[rows] for x in (grad_out, grad_lse, q))
             grads = self._run_backward(
-                mechanism, *part, k[keys], v[keys], out[rows], lse[rows], run, call, dbias  # type: ignore[arg-type]
+                mechanism,
+                *part,
+                k[keys],
+                v[keys],
+                out[rows],
+                lse[rows],
+                run,
+                call,
+                dbias,  # type: ignore[arg-type]
             )
-            for total, index, grad in ((dq, rows, grads[0]), (dk, keys, grads[1]), (dv, keys, grads[2])):
+            for total, index, grad in (
+                (dq, rows, grads[0]),
+                (dk, keys, grads[1]),
+                (dv, keys, grads[2]),
+            ):
                 total[index] = grad.reshape(total[index].shape)
         return dq, dk, dv, dbias
 

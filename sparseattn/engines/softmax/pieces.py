@@ -69,7 +69,9 @@ def fold_size(left: int, right: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def plan_band(n: int, m: int, offset: int, left: int | None, right: int | None) -> tuple[Piece, ...]:
+def plan_band(
+    n: int, m: int, offset: int, left: int | None, right: int | None
+) -> tuple[Piece, ...]:
     """Pieces for `-left <= j - p <= right`, p = offset + row, over n rows and m keys."""
     far = n + m + abs(offset)
     left = far if left is None else min(left, far)
@@ -177,7 +179,12 @@ def forward(
             else:
                 keys = slice(piece.k0, piece.k1)
                 o, s = flash_forward(
-                    q[:, head, rows][None], k[:, keys][None], v[:, keys][None], scale, mask, piece.causal
+                    q[:, head, rows][None],
+                    k[:, keys][None],
+                    v[:, keys][None],
+                    scale,
+                    mask,
+                    piece.causal,
                 )
                 o, s = o[0], s[0]
             if shared:

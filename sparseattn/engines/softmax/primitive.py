@@ -67,7 +67,11 @@ def flash_forward(
             if visible is not None:
                 seen = visible.expand(*q.shape[:3], k.shape[2])[z, h, rows]
             o, s = math_forward(
-                q[z, h, rows][None, None], k[z : z + 1, h : h + 1], v[z : z + 1, h : h + 1], scale, seen
+                q[z, h, rows][None, None],
+                k[z : z + 1, h : h + 1],
+                v[z : z + 1, h : h + 1],
+                scale,
+                seen,
             )
             out[z, h, rows] = o[0, 0].to(out.dtype)
             lse[z, h, rows] = s[0, 0]

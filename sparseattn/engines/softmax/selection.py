@@ -36,9 +36,7 @@ def attach(mechanism: Any, q: Tensor, k: Tensor, call: AttentionCall) -> Attenti
     return call.replace(selection=chosen)
 
 
-def _attach_traced(
-    mechanism: Any, q: Tensor, k: Tensor, call: AttentionCall
-) -> AttentionCall:
+def _attach_traced(mechanism: Any, q: Tensor, k: Tensor, call: AttentionCall) -> AttentionCall:
     masked = call.key_mask is not None or call.q_segments is not None
     if masked or isinstance(call.q_offset, Tensor):
         raise UnsupportedCallError(

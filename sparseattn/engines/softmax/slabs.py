@@ -140,7 +140,17 @@ def backward(
         qs, ks, vs = _guard(slab, qs, k[:, :, slab.keys], v[:, :, slab.keys])  # type: ignore[arg-type]
         g = g.masked_fill(~slab.mask.any(-1)[..., None], 0.0)  # type: ignore[union-attr]
         a, b, c, d = math_backward(
-            g, t, qs, ks, vs, o, s, call.scale, slab.mask, call.softcap, slab.bias  # type: ignore[arg-type]
+            g,
+            t,
+            qs,
+            ks,
+            vs,
+            o,
+            s,
+            call.scale,
+            slab.mask,
+            call.softcap,
+            slab.bias,  # type: ignore[arg-type]
         )
         dq[:, :, :, slab.rows] = a.unflatten(2, (call.groups, -1))
         # An index names each key once, so this is no scatter: the same bits every time.

@@ -1,0 +1,1 @@
+"""Kernelised attention in chunks: O(N) time, O(1) state."""

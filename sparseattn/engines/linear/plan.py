@@ -1,0 +1,137 @@
+"""What a sweep over one run does in which order, and the decay it applies on the way.
+
+A sweep walks along positions in steps. A step serves queries, keys or both, and holds `chunks`
+chunks of `size` positions: pairs within a chunk are weighed one by one, all pairs across chunks go
+through a state `sum_j phi(k_j) v_j^T`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...call import AttentionCall
+from ...runs import trim_future
+
+# Measured on CPU (Zen 4, 8 heads of width 64): chunks of 64 lead at 64 and at 256 features, and
+# steps are fastest while the states of their chunks stay near 1 MiB. An accelerator wants fewer and
+# larger steps.
+CHUNK = 64
+MOST_CHUNKS = 32
+_CPU_STATE_ELEMENTS = 5 * 2**16
+_DEVICE_STATE_ELEMENTS = 2**24
+
+
+class Step(NamedTuple):
+    """Positions `start` to `stop - 1`, as `chunks` chunks of `size`; whose rows it serves."""
+
+    start: int
+    chunks: int
+    size: int
+    queries: bool
+    keys: bool
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.chunks * self.size
+
+
+def state_elements(device: torch.device) -> int:
+    """How many elements the states of one step may have together."""
+    return _CPU_STATE_ELEMENTS if device.type == "cpu" else _DEVICE_STATE_ELEMENTS
+
+
+def _cut(start: int, stop: int, chunks: int, queries: bool, keys: bool) -> Iterator[Step]:
+    """Full steps, then one of the full chunks left over, then one of the rows left over."""
+    both = queries and keys
+    while start < stop:
+        full = min(chunks, (stop - start) // CHUNK)
+        size = CHUNK if full else stop - start
+        step = Step(start, full or 1, size, queries, keys)
+        if not both:  # nothing is weighed pair by pair: one chunk
+            step = Step(start, 1, step.stop - start, queries, keys)
+        yield step
+        start = step.stop
+
+
+def plan(call: AttentionCall, chunks: int) -> list[Step]:
+    """The steps of one run, in an order in which each query comes after all keys that it sees.
+
+    Keys after the last query and queries before the first key are in no step.
+
+    Args:
+        call: of a run alone: `call.offset` is an int.
+        chunks: how many chunks a step may hold.
+    """
+    first, last = int(call.offset), int(call.offset) + call.n
+    keys = trim_future(call)
+    if not call.causal:
+        return [*_cut(0, keys, chunks, False, True), *_cut(first, last, chunks, True, False)]
+    first = max(first, 0)
+    steps = [*_cut(0, min(first, keys), chunks, False, True)]
+    if first > keys:  # nothing stands between, but a decay goes on
+        steps.append(Step(keys, 1, first - keys, False, False))
+    steps += _cut(first, keys, chunks, True, True)
+    steps += _cut(max(first, keys), last, chunks, True, False)
+    return steps
+
+
+class Decay:
+    """Powers of each query head's decay gamma, of distances alone, so that none overflows.
+
+    Computed in float64 and rounded once: a rounded `gamma ** size` would drift, multiplied chunk
+    after chunk.
+    """
+
+    def __init__(self, gamma: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        self._gamma = gamma.detach().to("cpu", torch.float64)
+        self._dtype, self._device = dtype, device
+        self._held: dict[tuple[str, int], Any] = {}
+
+    def _to(self, x: Tensor) -> Tensor:
+        return x.to(self._device, self._dtype)
+
+    def _powers(self, exponents: Tensor) -> Tensor:
+        return self._gamma.view(-1, *[1] * exponents.ndim) ** exponents
+
+    def within(self, size: int) -> Tensor:
+        """`gamma ** (i - j)` for the pairs of a chunk, 0 where j > i: `[1, Hq, 1, size, size]`."""
+        held = self._held.get(("within", size))
+        if held is None:
+            rows = torch.arange(size, device="cpu")
+            distance = (rows[:, None] - rows).clamp(min=0)
+            held = self._to(self._powers(distance).tril_()[None, :, None])
+            self._held["within", size] = held
+        return held
+
+    def since_start(self, size: int) -> Tensor:
+        """`gamma ** r` for row r of a chunk: `[1, Hq, 1, size, 1]`."""
+        held = self._held.get(("start", size))
+        if held is None:
+            rows = torch.arange(size, device="cpu")
+            held = self._to(self._powers(rows)[None, :, None, :, None])
+            self._held["start", size] = held
+        return held
+
+    def until_end(self, size: int) -> Tensor:
+        """`gamma ** (size - r)` for row r of a chunk: `[1, Hq, 1, size, 1]`."""
+        held = self._held.get(("end", size))
+        if held is None:
+            rows = torch.arange(size, 0, -1, device="cpu")
+            held = self._to(self._powers(rows)[None, :, None, :, None])
+            self._held["end", size] = held
+        return held
+
+    def across(self, state: Tensor, size: int) -> Tensor:
+        """`state` `[b, Hq, F, E]` times `gamma ** size`, the factor in two parts for its rounding."""
+        held = self._held.get(("across", size))
+        if held is None:
+            exact = (self._gamma**size)[None, :, None, None]
+            high = exact.to(self._dtype)
+            low = (exact - high.to(torch.float64)).to(self._dtype)
+            held = self._held["across", size] = high.to(self._device), low.to(self._device)
+        high, low = held
+        return (state * low).addcmul_(state, high)
