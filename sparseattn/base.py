@@ -11,6 +11,7 @@ from torch import Tensor
 from . import reference
 from .call import AttentionCall
 from .engines import op
+from .engines.linear import in_torch as _linear_in_torch  # noqa: F401  (registers its kernel)
 from .engines.softmax import in_torch as _softmax_in_torch  # noqa: F401  (registers its kernel)
 from .engines.softmax import pattern, selection
 from .errors import UnsupportedCallError

@@ -18,8 +18,8 @@ from .features import projection
 
 _MOST_FEATURES = 2**16
 _MOST_POSITIONS = 2**31 - 1
-# exp(70) times a million keys and values of a thousand are below float32's greatest number, exp(88);
-# dropping more than exp(30) would take typical keys, near exp(0), towards its least, exp(-87).
+# exp(70) times a million keys and values of a thousand are within float32, whose greatest number is
+# exp(88). Dropping more than exp(30) would take typical keys, near exp(0), to its least, exp(-87).
 _CAP = 70.0
 _MOST_DROPPED = 30.0
 
@@ -37,8 +37,8 @@ def _check_int(mechanism: sa.Mechanism, option: str, least: int, most: int) -> N
 class Linear(sa.KernelizedLinear):
     """Linear attention with the feature map `elu(x) + 1`.
 
-    `W[i, j] = phi(q_i) . phi(k_j) / sum_j phi(q_i) . phi(k_j)`, `phi(x) = elu(x) + 1`: `x + 1` where
-    x > 0, else `exp(x)`. All weights are positive.
+    `W[i, j] = phi(q_i) . phi(k_j) / sum_j phi(q_i) . phi(k_j)`, with `phi(x) = elu(x) + 1`: `x + 1`
+    where x > 0, else `exp(x)`. All weights are positive.
 
     Nature: a different function; pretrained softmax weights need training for it. Refuses: a scale,
     since the definition has none. Cost: O(N D Dv) time, a state of D (Dv + 1) numbers a head.
@@ -73,9 +73,9 @@ class Performer(sa.KernelizedLinear):
     projection alone, and their exponent is capped at 70, which binds only for keys that lie along a
     row `w_f` and are about as long.
 
-    Nature: an estimate of softmax. Refuses: scale <= 0, for which `sqrt(scale) * x` is not defined or
-    leaves nothing of x. Cost: O(N features (D + Dv)) time, a state of features (Dv + 1) numbers a
-    head.
+    Nature: an estimate of softmax. Refuses: scale <= 0, for which `sqrt(scale) * x` is not defined
+    or leaves nothing of x. Cost: O(N features (D + Dv)) time, a state of features (Dv + 1) numbers
+    a head.
 
     Attributes:
         features: how many random features; the budget.
@@ -136,9 +136,9 @@ class Performer(sa.KernelizedLinear):
 class Taylor(sa.KernelizedLinear):
     """The second-order Taylor polynomial of exp in place of exp.
 
-    `W[i, j] = p(x_ij) / sum_j p(x_ij)`, `p(x) = 1 + x + x * x / 2`, `x_ij = scale * q_i . k_j`; p is
-    at least 1/2. Its features are 1, the entries of x and the distinct products of two of them:
-    `1 + D + D (D + 1) / 2`. The scale, of any sign, stands on the side of the queries.
+    `W[i, j] = p(x_ij) / sum_j p(x_ij)` with `p(x) = 1 + x + x * x / 2`, which is at least 1/2, and
+    `x_ij = scale * q_i . k_j`. The features of q are 1, its entries and the distinct products of
+    two of them: `1 + D + D (D + 1) / 2`. The scale, of any sign, stands on the side of the queries.
 
     Nature: a different function; close to softmax only while `|x_ij|` is small. Refuses: nothing.
     Cost: O(N D^2 Dv) time, a state of about D^2 Dv / 2 numbers a head.
@@ -168,14 +168,14 @@ class Taylor(sa.KernelizedLinear):
 class Cosformer(sa.KernelizedLinear):
     """Linear attention that weighs near keys more, by a cosine of the distance.
 
-    `W[i, j] = w_ij / sum_j w_ij`, `w_ij = relu(q_i) . relu(k_j) * cos(pi (i - j) / (2 horizon))`; by
-    Ptolemy's identity `phi(x) = [relu(x) cos(t), relu(x) sin(t)]` with `t = pi * position / (2
-    horizon)`. The paper's M, the longest sequence, is `horizon`.
+    `W[i, j] = w_ij / sum_j w_ij`, `w_ij = relu(q_i) . relu(k_j) * cos(pi (i - j) / (2 horizon))`.
+    By Ptolemy's identity `phi(x) = [relu(x) cos(t), relu(x) sin(t)]`, with
+    `t = pi * position / (2 horizon)`. The paper's M, the longest sequence, is `horizon`.
 
     Nature: a different function; pretrained softmax weights need training for it. Refuses: a scale,
     since the definition has none, and a call whose positions span more than `horizon`, where the
-    cosine turns negative (positions given as a tensor `q_offset` are not read, so not checked). Cost:
-    O(N D Dv) time, a state of 2 D (Dv + 1) numbers a head.
+    cosine turns negative (positions given as a tensor `q_offset` are not read, so not checked).
+    Cost: O(N D Dv) time, a state of 2 D (Dv + 1) numbers a head.
 
     Attributes:
         horizon: the most positions a sequence may have.
@@ -200,8 +200,8 @@ class Cosformer(sa.KernelizedLinear):
         if stop - first <= self.horizon:
             return []
         return [
-            f"its positions span {stop - first}, more than horizon={self.horizon}, where the cosine "
-            f"turns negative: raise horizon"
+            f"its positions span {stop - first}, more than horizon={self.horizon}, where its "
+            "cosine turns negative: raise horizon"
         ]
 
     def feature_map(self, x: Tensor, positions: Tensor, call: sa.AttentionCall) -> Tensor:
@@ -214,12 +214,13 @@ class Cosformer(sa.KernelizedLinear):
 class Retention(sa.KernelizedLinear):
     """Retention: no softmax, no division, and an exponential decay that differs by head.
 
-    `W[i, j] = scale * q_i . k_j * gamma_h ** (i - j)` for `j <= i`, with `gamma_h = 1 - 2 ** (-5 - h)`
-    for query head h. The paper's rotation, group norm and gate belong to a module, not to W.
+    `W[i, j] = scale * q_i . k_j * gamma_h ** (i - j)` for `j <= i`, not divided, with
+    `gamma_h = 1 - 2 ** (-5 - h)` for query head h. The paper's rotation, group norm and gate belong
+    to a module, not to W.
 
-    Nature: a different function; pretrained softmax weights need training for it. Refuses: calls that
-    are not causal, since later keys would grow without bound. Cost: O(N D Dv) time, a state of D Dv
-    numbers a query head.
+    Nature: a different function; pretrained softmax weights need training for it. Refuses: calls
+    that are not causal, since the weights of later keys would grow without bound. Cost: O(N D Dv)
+    time, a state of D Dv numbers a query head.
     """
 
     name = "retention"

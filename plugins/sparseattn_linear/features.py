@@ -11,9 +11,9 @@ from torch import Tensor
 def draw(features: int, dim: int, seed: int, orthogonal: bool) -> Tensor:
     """Rows w that are each N(0, I): float64 `[features, dim]` on the CPU.
 
-    With `orthogonal`, the rows within each block of `dim` are orthogonal to each other, and each has
-    the length of a row of independent normals (Choromanski et al. 2021, section 3.2). The Q of a QR
-    decomposition is uniform over rotations only with the signs of R's diagonal multiplied in
+    With `orthogonal`, the rows within each block of `dim` are orthogonal to each other, and each
+    has the length of a row of independent normals (Choromanski et al. 2021, section 3.2). The Q of
+    a QR decomposition is uniform over rotations only with the signs of R's diagonal multiplied in
     (Mezzadri 2007, arXiv:math-ph/0609050): without them every estimate is biased.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)

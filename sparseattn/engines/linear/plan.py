@@ -21,7 +21,7 @@ from ...runs import trim_future
 # larger steps.
 CHUNK = 64
 MOST_CHUNKS = 32
-_CPU_STATE_ELEMENTS = 5 * 2**16
+_CPU_STATE_ELEMENTS = 17 * 2**14
 _DEVICE_STATE_ELEMENTS = 2**24
 
 
@@ -126,7 +126,7 @@ class Decay:
         return held
 
     def across(self, state: Tensor, size: int) -> Tensor:
-        """`state` `[b, Hq, F, E]` times `gamma ** size`, the factor in two parts for its rounding."""
+        """`state` `[b, Hq, F, E]` times `gamma ** size`, a factor in two parts for its rounding."""
         held = self._held.get(("across", size))
         if held is None:
             exact = (self._gamma**size)[None, :, None, None]

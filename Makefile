@@ -1,0 +1,26 @@
+# Everything runs from a virtual environment of its own; PYTHON chooses the interpreter it is made of.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,report]'
+	touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/sparseattn compare --length 2048 --causal
+
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

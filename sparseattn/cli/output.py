@@ -1,0 +1,198 @@
+"""What every command writes with: tables, JSON, and progress on standard error.
+
+Nothing here imports torch, and rich only when there is a terminal to draw on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import InvalidInputError
+
+STDOUT = "-"
+JsonPath = Annotated[
+    str | None,
+    typer.Option("--json", metavar="PATH", help="Write JSON to PATH; - for standard output."),
+]
+_BAR_AFTER = 2.0  # seconds before a progress bar shows
+_LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
+
+
+def printable(text: object) -> str:
+    """One line of text without control codes: a plugin's words may hold any."""
+    return "".join(
+        c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in str(text)
+    )
+
+
+def plain(value: Any) -> Any:
+    """`value` in what JSON has: no NaN, tuples as lists, and objects by their digest or repr."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    digest = getattr(value, "digest", None)
+    return f"<{digest}>" if isinstance(digest, str) else repr(value)
+
+
+def check_json(path: str | None) -> None:
+    """Refuse a place that cannot be written to before any work is done for it.
+
+    Raises:
+        InvalidInputError: it is a folder, or lies in none.
+    """
+    if path is None or path == STDOUT:
+        return
+    target = Path(path)
+    if not path or target.is_dir():
+        raise InvalidInputError(f"--json got {path!r}, which is a folder; give the path of a file")
+    if not target.absolute().parent.is_dir():
+        raise InvalidInputError(f"--json got {path!r}, but there is no folder {target.parent}")
+
+
+def write_json(path: str | None, value: Any) -> None:
+    """Write `value` whole: to standard output for `-`, else to a file by rename."""
+    if path is None:
+        return
+    text = json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
+    if path == STDOUT:
+        sys.stdout.write(text)
+        return
+    target = Path(path).absolute()
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes a file for its owner alone; a result is as readable as any other file.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # a closed or replaced stream
+        return False
+
+
+def say(text: str = "", *, err: bool = False) -> None:
+    """A line, as it is."""
+    print(text, file=sys.stderr if err else sys.stdout)
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
+    """A table on standard output: drawn on a terminal, aligned columns of plain text elsewhere."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    if is_terminal(sys.stdout):
+        _draw(headers, cells, title)
+        return
+    if title:
+        say(title)
+    lines = [list(headers), *cells]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(headers))]
+    for line in lines:
+        say("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
+
+
+def _draw(headers: Sequence[str], cells: list[list[str]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(title=title or None, title_justify="left")
+    for header in headers:
+        grid.add_column(header, overflow="fold")
+    for row in cells:
+        # Text, not str: brackets in a spec are no markup.
+        grid.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+    Console(file=sys.stdout, force_terminal=True, highlight=False).print(grid)
+
+
+_STYLES = {
+    "ok": "green",
+    "loaded": "green",
+    "passed": "green",
+    "failed": "red",
+    "broken": "red",
+    "blocked": "yellow",
+    "unsupported": "yellow",
+}
+
+
+class Progress:
+    """How far a long command is, on standard error: a bar with the time left after two seconds.
+
+    Without a terminal it is a plain line every few seconds. Use it as a context and call
+    `progress(done, total, label)`.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._last_line = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __call__(self, done: int, total: int, label: str = "") -> None:
+        now = time.monotonic()
+        if now - self._start < _BAR_AFTER:
+            return
+        label = printable(label)
+        if is_terminal(sys.stderr):
+            if self._bar is None:
+                self._open(total)
+            self._bar.update(self._task, completed=done, total=total, label=label)
+        elif now - self._last_line >= _LINE_EVERY:
+            self._last_line = now
+            left = f", about {(now - self._start) / done * (total - done):.0f} s left"
+            say(f"{done}/{total} {label}{left if done else ''}", err=True)
+
+    def _open(self, total: int) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
+            progress.BarColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left", markup=False),
+            progress.TimeRemainingColumn(elapsed_when_finished=False),
+            progress.TextColumn("{task.fields[label]}", markup=False),
+            console=Console(file=sys.stderr, force_terminal=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=total, label="")
+        self._bar.start()
+
+
+def own_stdout() -> contextlib.redirect_stdout[Any]:
+    """While it is open, what plugins print goes to standard error: standard output is ours."""
+    return contextlib.redirect_stdout(sys.stderr)

@@ -1,0 +1,146 @@
+"""Rows of a comparison as tables for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .output import say, table
+
+Row = Mapping[str, Any]
+
+
+def number(value: float | None, spec: str = ".3g") -> str:
+    """A number, or `-` where there is none."""
+    return "-" if value is None else format(value, spec)
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def size(value: float | None) -> str:
+    if value is None:
+        return "-"
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def _get(row: Row, field: str, part: str) -> float | None:
+    return (row.get(field) or {}).get(part)
+
+
+def _notes(row: Row) -> str:
+    notes = []
+    if row["status"] != "ok":
+        notes.append(f"{row['status']}: {row['reason']}")
+    if row.get("control"):
+        notes.append("control")
+    if row.get("pareto"):
+        notes.append("pareto")
+    against_mean = _get(row, "error", "vs_mean_of_values")
+    # At 1 it is the mean of the values itself.
+    if against_mean is not None and against_mean > 1 and not row.get("control"):
+        notes.append("worse than the mean of the values")
+    if row["nature"] == "different_function":
+        notes.append("another function: pretrained weights need training for it")
+    if row.get("looks_ahead"):
+        notes.append("looks ahead: prefill only")
+    return "; ".join(notes)
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    return row["input"], row["length"], row["causal"], row["dtype"], row.get("seed")
+
+
+def print_comparison(rows: Iterable[Row]) -> None:
+    """A table for each input, length and seed."""
+    settings: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        settings.setdefault(_setting(row), []).append(row)
+    for at, ((source, length, causal, dtype, seed), group) in enumerate(settings.items()):
+        if at:
+            say()
+        kind = "causal" if causal else "not causal"
+        drawn = "" if seed is None else f", seed {seed}"
+        table(
+            [
+                "mechanism",
+                "impl",
+                "rel. error",
+                "row p95",
+                "mass p50",
+                "oracle",
+                "density",
+                "time",
+                "spread",
+                "speedup",
+                "memory",
+                "notes",
+            ],
+            [
+                [
+                    row["mechanism"],
+                    row["impl"] or "-",
+                    number(_get(row, "error", "rel_l2")),
+                    number(_get(row, "error", "row_p95")),
+                    number(_get(row, "retained_mass", "p50")),
+                    number(row.get("oracle_rel_l2")),
+                    number(row.get("density"), ".1%"),
+                    seconds(_get(row, "time", "median_s")),
+                    seconds(_get(row, "time", "iqr_s")),
+                    number(row.get("speedup"), ".2f"),
+                    size(row.get("peak_bytes")),
+                    _notes(row),
+                ]
+                for row in group
+            ],
+            title=f"{source}, length {length}, {kind}, {dtype}{drawn}",
+        )
+
+
+def growth(points: Iterable[tuple[float, float | None]]) -> float | None:
+    """The exponent p of the least-squares line `time ~ length ** p`; None below two lengths."""
+    logs = [(math.log(n), math.log(t)) for n, t in points if t is not None and t > 0]
+    if len({x for x, _ in logs}) < 2:
+        return None
+    mean_x = sum(x for x, _ in logs) / len(logs)
+    mean_y = sum(y for _, y in logs) / len(logs)
+    spread = sum((x - mean_x) ** 2 for x, _ in logs)
+    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / spread
+
+
+def print_growth(rows: Iterable[Row]) -> None:
+    """A line a mechanism: time, and below it memory, at each length."""
+    rows = list(rows)
+    lengths = sorted({row["length"] for row in rows})
+    by_mechanism: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        by_mechanism.setdefault(row["mechanism"], {})[row["length"]] = row
+    for at, (title, show, value) in enumerate(
+        (
+            ("Median time", seconds, lambda row: _get(row, "time", "median_s")),
+            ("Peak memory", size, lambda row: row.get("peak_bytes")),
+        )
+    ):
+        if at:
+            say()
+        lines = []
+        for mechanism, found in by_mechanism.items():
+            values = {n: value(row) for n, row in found.items()}
+            cells = [show(values.get(n)) for n in lengths]
+            lines.append([mechanism, *cells, number(growth(values.items()), ".2f")])
+        table(["mechanism", *map(str, lengths), "grows as N^"], lines, title=title)
+    wrong = [row for row in rows if row["status"] != "ok"]
+    if wrong:
+        say()
+    for row in wrong:
+        say(f"{row['mechanism']} at {row['length']}: {row['status']}: {row['reason']}")
