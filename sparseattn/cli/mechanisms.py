@@ -102,7 +102,7 @@ def show(
     needed = [n for n, option in record.options.items() if option.required and n not in given]
     wants_picture = length is not None or save is not None
     picture = None
-    with output.own_stdout():
+    with output.own_stdout(), output.Progress() as progress:
         # A name alone shows a mechanism whose options have no defaults, too.
         mech = None if needed and not given and not wants_picture else registry.mechanism(spec)
         found = _record(record) | {
@@ -116,7 +116,7 @@ def show(
         if mech is not None and wants_picture:
             from . import picture as pictures
 
-            picture = pictures.draw(mech, 1024 if length is None else length, causal)
+            picture = pictures.draw(mech, 1024 if length is None else length, causal, progress)
             found["pattern"] = picture.record()
             if save is not None:
                 picture.save(save)

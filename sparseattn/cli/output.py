@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -149,48 +150,64 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self._start = self._last_line = time.monotonic()
+        self._lock = threading.RLock()
         self._bar: Any = None
-        self._task: Any = None
+        self._fields: dict[str, Any] = {"completed": 0, "total": None, "label": "", "left": ""}
 
     def __enter__(self) -> Progress:
+        self._stream = sys.stderr
+        self._start = self._last_line = time.monotonic()
+        self._timer: threading.Timer | None = None
+        if is_terminal(self._stream):
+            # A timer, because the first step alone may take minutes.
+            self._timer = threading.Timer(_BAR_AFTER, self._open)
+            self._timer.daemon = True
+            self._timer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
+                sys.stderr = self._stream
 
     def __call__(self, done: int, total: int, label: str = "") -> None:
         now = time.monotonic()
-        if now - self._start < _BAR_AFTER:
-            return
+        left = f"about {(now - self._start) / done * (total - done):.0f} s left" if done else ""
         label = printable(label)
-        if is_terminal(sys.stderr):
-            if self._bar is None:
-                self._open(total)
-            self._bar.update(self._task, completed=done, total=total, label=label)
-        elif now - self._last_line >= _LINE_EVERY:
+        with self._lock:
+            self._fields = {"completed": done, "total": total, "label": label, "left": left}
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], **self._fields)
+        quiet = self._timer is not None or now - self._start < _BAR_AFTER
+        if not quiet and now - self._last_line >= _LINE_EVERY:
             self._last_line = now
-            left = f", about {(now - self._start) / done * (total - done):.0f} s left"
-            say(f"{done}/{total} {label}{left if done else ''}", err=True)
+            print(f"{done}/{total} {label}{left and f', {left}'}", file=self._stream)
 
-    def _open(self, total: int) -> None:
+    def _open(self) -> None:
         from rich import progress
         from rich.console import Console
 
-        self._bar = progress.Progress(
-            progress.TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
-            progress.BarColumn(),
-            progress.TimeElapsedColumn(),
-            progress.TextColumn("left", markup=False),
-            progress.TimeRemainingColumn(elapsed_when_finished=False),
-            progress.TextColumn("{task.fields[label]}", markup=False),
-            console=Console(file=sys.stderr, force_terminal=True),
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=total, label="")
-        self._bar.start()
+        with self._lock:
+            if self._timer is None:  # it ended meanwhile
+                return
+            bar = progress.Progress(
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("{task.fields[left]}", markup=False),
+                progress.TextColumn("{task.fields[label]}", markup=False),
+                console=Console(file=self._stream, force_terminal=True),
+                transient=True,
+                refresh_per_second=2,  # it shares the machine with what is being timed
+            )
+            bar.add_task("", **self._fields)
+            bar.start()
+            self._bar = bar
 
 
 def own_stdout() -> contextlib.redirect_stdout[Any]:

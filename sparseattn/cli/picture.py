@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,12 @@ class Picture:
             raise InvalidInputError(f"--save got {str(path)!r}: {error}") from error
 
 
-def draw(mech: Mechanism, length: int, causal: bool) -> Picture:
+def draw(
+    mech: Mechanism,
+    length: int,
+    causal: bool,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Picture:
     """The pattern of a mechanism for `length` queries and keys.
 
     A dynamic pattern is the one that the first head of the recorded input gets.
@@ -132,6 +138,8 @@ def draw(mech: Mechanism, length: int, causal: bool) -> Picture:
         allowed += int(part.allowed()[0, 0].sum())
         _pool(mask, start, length, fine)
         _pool(mask, start, length, coarse)
+        if progress is not None:
+            progress(min(start + step, length), length, "queries")
     head = "of the first head of the recorded input" if dynamic else ""
     return Picture(
         repr(mech),

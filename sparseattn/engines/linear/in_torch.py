@@ -149,8 +149,8 @@ class TorchKernel:
                 d[:, :, sweeps.rows(step)] = d_query
             d_k, d_v = (x[run.batch, :, run.keys] for x in (dk, dv))
             for step, d_key, d_value in sweeps.backward_keys(g, rows):
-                d_k[:, :, step.start : step.stop] = d_key
-                d_v[:, :, step.start : step.stop] = d_value
+                d_k[:, :, step.key_rows] = d_key
+                d_v[:, :, step.key_rows] = d_value
         return dq, dk, dv, None
 
 

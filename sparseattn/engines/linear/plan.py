@@ -26,17 +26,32 @@ _DEVICE_STATE_ELEMENTS = 2**24
 
 
 class Step(NamedTuple):
-    """Positions `start` to `stop - 1`, as `chunks` chunks of `size`; whose rows it serves."""
+    """Positions `start` to `stop - 1`, as `chunks` chunks of `size`; whose rows it serves.
+
+    Where `facing` is not 0, the queries at those positions see all of the keys 0 to `facing - 1`,
+    as one chunk: in short calls that are not causal.
+    """
 
     start: int
     chunks: int
     size: int
     queries: bool
     keys: bool
+    facing: int = 0
 
     @property
     def stop(self) -> int:
         return self.start + self.chunks * self.size
+
+    @property
+    def key_size(self) -> int:
+        """Keys in a chunk."""
+        return self.facing or self.size
+
+    @property
+    def key_rows(self) -> slice:
+        """The step's keys, as rows of k."""
+        return slice(0, self.facing) if self.facing else slice(self.start, self.stop)
 
 
 def state_elements(device: torch.device) -> int:
@@ -68,6 +83,8 @@ def plan(call: AttentionCall, chunks: int) -> list[Step]:
     """
     first, last = int(call.offset), int(call.offset) + call.n
     keys = trim_future(call)
+    if not call.causal and keys <= CHUNK and call.n <= chunks * CHUNK:
+        return [Step(first, 1, call.n, True, True, facing=keys)]
     if not call.causal:
         return [*_cut(0, keys, chunks, False, True), *_cut(first, last, chunks, True, False)]
     first = max(first, 0)

@@ -87,35 +87,38 @@ class Sweeps:
         repeats = self.heads // self.call.kv_heads
         if repeats > 1:
             x = x[:, :, None].expand(-1, -1, repeats, -1, -1)
-        return x.reshape(self.call.batch * self.heads * step.chunks, step.size, x.shape[-1])
+        return x.reshape(self.call.batch * self.heads * step.chunks, step.key_size, x.shape[-1])
 
     def unfold_keys(self, x: Tensor, step: Step) -> Tensor:
         b, kv = self.call.batch, self.call.kv_heads
-        x = x.reshape(b, kv, self.heads // kv, step.chunks * step.size, x.shape[-1])
+        x = x.reshape(b, kv, self.heads // kv, step.chunks * step.key_size, x.shape[-1])
         return x.sum(2) if x.shape[2] > 1 else x[:, :, 0]
 
-    def positions(self, step: Step) -> Tensor:
-        return torch.arange(step.start, step.stop, device=self.q.device)[None, None]
+    def positions(self, start: int, stop: int) -> Tensor:
+        return torch.arange(start, stop, device=self.q.device)[None, None]
 
     def query_input(self, step: Step) -> Tensor:
         return self.q[:, :, self.rows(step)].to(self.dtype)
 
     def key_input(self, step: Step) -> Tensor:
-        return self.k[:, :, step.start : step.stop].to(self.dtype)
+        return self.k[:, :, step.key_rows].to(self.dtype)
 
     def query_features(self, x: Tensor, step: Step) -> Tensor:
-        return self.mechanism.query_map(x, self.positions(step), self.call).to(self.dtype)
+        return self.mechanism.query_map(x, self.positions(step.start, step.stop), self.call).to(
+            self.dtype
+        )
 
     def key_features(self, x: Tensor, step: Step) -> Tensor:
-        phi = self.mechanism.feature_map(x, self.positions(step), self.call).to(self.dtype)
+        at = self.positions(step.key_rows.start, step.key_rows.stop)
+        phi = self.mechanism.feature_map(x, at, self.call).to(self.dtype)
         if self.call.key_mask is not None:
-            hidden = ~self.call.key_mask[:, None, step.start : step.stop, None]
+            hidden = ~self.call.key_mask[:, None, step.key_rows, None]
             phi = phi.masked_fill(hidden, 0.0)
         return phi
 
     def values(self, step: Step) -> Tensor:
         """v of the step and its column of ones, folded; overwritten by the next call."""
-        v = self.v[:, :, step.start : step.stop]
+        v = self.v[:, :, step.key_rows]
         held = self._values.get(v.shape[2])
         if held is None:
             shape = (*v.shape[:3], self.width)
@@ -125,20 +128,21 @@ class Sweeps:
 
     # Products.
 
-    def by_head(self, pairs: Tensor, step: Step) -> Tensor:
-        """Numbers for the pairs within chunks, as `[b, heads, chunks * groups, size, size]`."""
-        return pairs.view(self.call.batch, self.heads, -1, step.size, step.size)
+    def hide(self, pairs: Tensor, step: Step) -> Tensor:
+        """Exactly 0 for the pairs within chunks that are not causal, in place."""
+        if not step.facing:
+            pairs.view(-1, step.size, step.size).tril_()
+        return pairs
 
     def mask(self, pairs: Tensor, step: Step) -> Tensor:
         """The pairs within chunks, in place: times their decay if causal, else exactly 0."""
-        by_head = self.by_head(pairs, step)
         if self.decay is not None:
+            by_head = pairs.view(self.call.batch, self.heads, -1, step.size, step.size)
             by_head.mul_(self.decay.within(step.size))
-        by_head.tril_()  # after the product: what it writes is 0 whatever stood there
-        return pairs
+        return self.hide(pairs, step)  # after the product: it writes 0 whatever stood there
 
     def weigh(self, x: Tensor, y: Tensor, step: Step) -> Tensor:
-        """`x . y` for the causal pairs of each chunk, with their decay; exactly 0 elsewhere."""
+        """`x . y` for the pairs within chunks, masked."""
         return self.mask(torch.bmm(x, y.transpose(1, 2)), step)
 
     def decayed(self, x: Tensor, step: Step, powers: str) -> Tensor:
@@ -278,8 +282,7 @@ class Sweeps:
         total.masked_fill_(total == 0, torch.inf)
         mean = (reaching * across).sum(-1, keepdim=True).div_(total)
         scores.div_(total).mul_(d_weights)
-        self.by_head(scores, step).tril_()
-        return total, mean.add_(scores.sum(-1, keepdim=True))
+        return total, mean.add_(self.hide(scores, step).sum(-1, keepdim=True))
 
     def _undivide(
         self, d_weights: Tensor, total: Tensor | None, mean: Tensor | None, step: Step
@@ -331,7 +334,7 @@ class Sweeps:
             d_key = _pull_back(phi, x, self.unfold_keys(d_phi, step))
             d_value = self.unfold_keys(d_value, step)
             if self.call.key_mask is not None:
-                hidden = ~self.call.key_mask[:, None, step.start : step.stop, None]
+                hidden = ~self.call.key_mask[:, None, step.key_rows, None]
                 d_key, d_value = d_key.masked_fill(hidden, 0.0), d_value.masked_fill(hidden, 0.0)
             yield step, d_key, d_value
 
