@@ -48,6 +48,18 @@ class Explanation:
         return "\n".join(lines)
 
 
+def _resolve(mechanism: str | Mechanism, options: dict[str, Any]) -> Mechanism:
+    if isinstance(mechanism, Mechanism) and not options:
+        return mechanism
+    return _named(mechanism, **options)
+
+
+@torch.compiler.assume_constant_result
+def _named(mechanism: str | Mechanism, /, **options: Any) -> Mechanism:
+    # Parsing and the registry's lock are not for tracing: the same name means the same constant.
+    return registry.mechanism(mechanism, **options)
+
+
 def candidates(mechanism: Mechanism) -> list[Implementation]:
     """Every implementation in the order that `impl="auto"` tries them.
 
@@ -211,7 +223,7 @@ def attention(
         UnsupportedCallError: the mechanism or implementation cannot serve the call.
         UnknownMechanismError, UnknownOptionError: no such name or option.
     """
-    mech = registry.mechanism(mechanism, **options)
+    mech = _resolve(mechanism, options)
     q, k, v = _autocast(q, k, v)
     call = AttentionCall.make(
         q,
@@ -267,7 +279,7 @@ def attention_weights(
     Returns:
         W `[B, Hq, N, M]` in q's dtype; `W @ v` is the attention. Memory is N x M by nature.
     """
-    mech = registry.mechanism(mechanism, **options)
+    mech = _resolve(mechanism, options)
     q, k = _autocast(q, k)
     call = AttentionCall.make(
         q,
@@ -320,7 +332,7 @@ def explain(
 
     Nothing is computed. Arguments as in `attention`; a malformed one raises as it would there.
     """
-    mech = registry.mechanism(mechanism, **options)
+    mech = _resolve(mechanism, options)
     q, k, v = _autocast(q, k, v)
     call = AttentionCall.make(
         q,

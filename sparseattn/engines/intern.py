@@ -11,6 +11,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 _known: dict[str, Any] = {}
 _keys: dict[Any, str] = {}
 _resolver: Callable[[str], Any] | None = None
@@ -27,8 +29,9 @@ def set_resolver(resolve: Callable[[str], Any], holds: Callable[[Any], bool]) ->
     _keys.clear()
 
 
+@torch.compiler.assume_constant_result
 def key(mechanism: Any) -> str:
-    """The string that stands for a mechanism in operator calls."""
+    """The string that stands for a mechanism in operator calls; a constant to traced code."""
     found = _keys.get(mechanism)
     if found is not None and type(_known[found]) is type(mechanism):
         return found

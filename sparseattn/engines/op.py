@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from ..call import AttentionCall
 from ..errors import UnsupportedCallError
@@ -151,6 +150,14 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
+def _refuse_second(*grads: Tensor) -> tuple[Tensor, ...]:
+    refuse = torch._C._functions.DelayedError(
+        b"attention has no second derivative; impl='reference' is plain differentiable torch",
+        len(grads),
+    )
+    return refuse(*(g.detach().requires_grad_() for g in grads))
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -164,14 +171,17 @@ class _Attend(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
             return (None,) * (9 + len(ctx.rest))
-        dq, dk, dv, dbias = torch.ops.sparseattn.attend_backward.default(
-            grad_out, grad_lse, q, k, v, out, lse, *tensors, *ctx.rest
-        )
+        with torch.no_grad():
+            dq, dk, dv, dbias = torch.ops.sparseattn.attend_backward.default(
+                grad_out, grad_lse, q, k, v, out, lse, *tensors, *ctx.rest
+            )
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph=True: a second derivative through these must fail, not be left out.
+            dq, dk, dv, dbias = _refuse_second(dq, dk, dv, dbias)
         dbias = None if tensors[4] is None else dbias
         return (dq, dk, dv, None, None, None, None, dbias, None, *(None for _ in ctx.rest))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..base import Implementation, Mechanism
 from ..call import AttentionCall
 from ..reference import exact, grouped_apply, logits, masked_softmax
-from .budget import EPS64, largest
+from ..testing.budgets import largest
 
 # Elements of one dense [B, Hq, slab, M] map while measuring, and of all cached ranks together.
 SLAB = 8 * 2**20

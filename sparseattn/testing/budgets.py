@@ -103,7 +103,8 @@ def define(
     call = call.replace(sink_logits=leaves[3], bias=leaves[4])
     with torch.enable_grad():
         out, lse = reference.evaluate(mechanism, *leaves[:3], call, dtype)  # type: ignore[misc]
-        grads = torch.autograd.grad(*_seeded(out, lse, seeds), allow_unused=True, inputs=given)
+        outputs, cotangents = _seeded(out, lse, seeds)
+        grads = torch.autograd.grad(outputs, given, cotangents, allow_unused=True)
     filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, given, strict=True)]
     return Result(out.detach(), None if lse is None else lse.detach(), tuple(filled))
 
