@@ -11,6 +11,7 @@ from torch import Tensor
 from . import registry
 from .base import REFERENCE, Implementation, Mechanism
 from .call import AttentionCall
+from .engines import intern
 from .errors import InvalidInputError, UnsupportedCallError, did_you_mean
 
 
@@ -51,13 +52,15 @@ class Explanation:
 def _resolve(mechanism: str | Mechanism, options: dict[str, Any]) -> Mechanism:
     if isinstance(mechanism, Mechanism) and not options:
         return mechanism
-    return _named(mechanism, **options)
+    if torch.compiler.is_compiling():
+        return intern.resolve(_named(mechanism, **options))
+    return registry.mechanism(mechanism, **options)
 
 
 @torch.compiler.assume_constant_result
-def _named(mechanism: str | Mechanism, /, **options: Any) -> Mechanism:
+def _named(mechanism: str | Mechanism, /, **options: Any) -> str:
     # Parsing and the registry's lock are not for tracing: the same name means the same constant.
-    return registry.mechanism(mechanism, **options)
+    return intern.key(registry.mechanism(mechanism, **options))
 
 
 def candidates(mechanism: Mechanism) -> list[Implementation]:

@@ -21,7 +21,7 @@ from sparseattn_linear import Linear, Retention
 MECHANISMS = [mechanism for mechanism, _ in CASES]
 every = pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
 LENGTHS = [1, 63, 65, 100, 257]
-D, DV = 6, 5
+D, DV = 16, 5
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ Any other name is an input that a plugin registered (`register_inputs`), or a sa
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import zlib
@@ -69,6 +70,7 @@ class Source:
     Attributes:
         longest: the greatest length it has, or None where any length can be made.
         seeded: whether the seed changes anything.
+        sha256: of the file, where there is one.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Source:
     default_length: int = DEFAULT_LENGTH
     longest: int | None = None
     seeded: bool = True
+    sha256: str | None = None
 
     def check_length(self, length: int) -> None:
         """Refuse a length that the input does not have.
@@ -204,10 +207,12 @@ GENERATED: dict[str, Callable[..., Sample]] = {
 
 
 @lru_cache(maxsize=4)
-def _load(path: str, stamp: tuple[int, int]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _load(path: str, stamp: tuple[int, int]) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """Tensors, metadata and sha256 of a file; `stamp` changes when the file does."""
     from safetensors import SafetensorError, safe_open
 
     try:
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         with safe_open(path, "pt") as file:
             names = set(file.keys())
             missing = [name for name in ("q", "k", "v") if name not in names]
@@ -229,14 +234,14 @@ def _load(path: str, stamp: tuple[int, int]) -> tuple[dict[str, Tensor], dict[st
             raise InvalidInputError(
                 f"{name} in {path} has NaN or infinite numbers: no error could be measured on it"
             )
-    return tensors, metadata
+    return tensors, metadata, digest
 
 
 def _file_source(name: str, path: Path) -> Source:
     stat = path.stat() if path.is_file() else None
     if stat is None:
         raise InvalidInputError(f"input file {path} does not exist")
-    tensors, metadata = _load(str(path), (stat.st_mtime_ns, stat.st_size))
+    tensors, metadata, digest = _load(str(path), (stat.st_mtime_ns, stat.st_size))
     n, m = tensors["q"].shape[2], tensors["k"].shape[2]
     if min(n, m) < 1:
         raise InvalidInputError(
@@ -253,9 +258,10 @@ def _file_source(name: str, path: Path) -> Source:
                     f"length {length}; leave the length out"
                 )
             parts = {key: x[:, :, :length] for key, x in tensors.items()}
-        return Sample(parts["q"], parts["k"], parts["v"], scale, {"file": path.name, **metadata})
+        facts = {"file": path.name, "sha256": digest, **metadata}
+        return Sample(parts["q"], parts["k"], parts["v"], scale, facts)
 
-    return Source(name, make, default_length=n, longest=n, seeded=False)
+    return Source(name, make, default_length=n, longest=n, seeded=False, sha256=digest)
 
 
 def _file_scale(path: Path, metadata: Mapping[str, str], width: int) -> float | None:

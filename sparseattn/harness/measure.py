@@ -53,7 +53,7 @@ class Trial:
     spot: Tensor | None = None
     spot_number: int = 0
     failure: str | None = None
-    held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    held: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any] | None:
         """Median, interquartile range and number of runs; None for a failed trial."""
@@ -126,8 +126,8 @@ def take(x: Tensor, rows: Tensor | None) -> Tensor:
     return x.detach().clone() if rows is None else x.detach()[:, :, rows.to(x.device)]
 
 
-def examine(out: object, inputs: Inputs) -> str | None:
-    """Why `out` is no output of a call on `inputs`; None if it may be one."""
+def misshapen(out: object, inputs: Inputs) -> str | None:
+    """Why `out` has not the form of an output of a call on `inputs`; None if it has."""
     q, _, v = inputs
     shape = (*q.shape[:3], v.shape[3])
     if type(out) is not Tensor:
@@ -137,8 +137,6 @@ def examine(out: object, inputs: Inputs) -> str | None:
             f"it returned {out.dtype} {list(out.shape)} on {out.device}; expected {q.dtype} "
             f"{list(shape)} on {q.device}"
         )
-    if not bool(torch.isfinite(out).all()):
-        return "its output is not finite"
     return None
 
 
@@ -181,7 +179,8 @@ class Race:
             if tick is not None:
                 tick(f"warming up {contender.label}")
             for _ in range(self.warmup):
-                self._run(contender, trial, "warmup")
+                if trial.first_s is None or trial.first_s < self.max_seconds:
+                    self._run(contender, trial, "warmup")
         plans = [self._plan() for _ in contenders]
         for number in range(self.runs):
             if tick is not None:
@@ -194,7 +193,7 @@ class Race:
                     continue
                 self._run(contenders[at], trial, kind)
         for trial in trials:
-            self._settle(trial)
+            trial.held.clear()
         return trials
 
     def _plan(self) -> dict[int, str]:
@@ -218,21 +217,20 @@ class Race:
         failures: list[str] = []
         with isolated(failures):
             seconds, out, grads = self._timed(contender, given, kind)
+            problem = misshapen(out, given)
             kept = None
-            if kind == "checked":
-                kept = take(out, self.rows)
-            elif kind == "spot":
-                assert self.spot_rows is not None
-                kept = take(out, self.spot_rows)
-            problem = examine(out, given) or self._unchanged(given, before)
-            if problem is None and kept is not None:
-                self._keep(trial, kind, out, kept, grads)
+            rows = self.rows if kind == "checked" else self.spot_rows
+            if problem is None and kind in ("checked", "spot"):
+                kept = take(out, rows)  # at once: what comes later is not what was timed
+            problem = problem or self._faults(trial, given, before, out)
             if problem is not None:
                 failures.append(problem)
             elif kind != "warmup":
                 trial.seconds.append(seconds)
             elif trial.first_s is None:
                 trial.first_s = seconds
+            if problem is None and kept is not None:
+                self._keep(trial, kind, out, kept, grads)
         if failures:
             trial.failure = failures[0]
             trial.held.clear()
@@ -269,9 +267,7 @@ class Race:
         grads: tuple[Tensor | None, ...] | None,
     ) -> None:
         rows = self.rows if kind == "checked" else self.spot_rows
-        # The output itself is held too: a later run must not write into it.
-        whole = out.detach()
-        trial.held.append((whole if rows is None else whole[:, :, :], kept))
+        trial.held.append((out.detach(), rows, kept))
         if kind == "spot":
             trial.spot, trial.spot_number = kept, self.number
             return
@@ -284,22 +280,19 @@ class Race:
             trial.grads = take(full[0], self.rows), full[1], full[2]
 
     @staticmethod
-    def _unchanged(given: Inputs, before: list[tuple[Tensor, int]]) -> str | None:
+    def _faults(
+        trial: Trial, given: Inputs, before: list[tuple[Tensor, int]], out: Tensor
+    ) -> str | None:
+        """What a run did wrong, apart from its numbers."""
+        if not bool(torch.isfinite(out).all()):
+            return "its output is not finite"
         for name, x, (old, version) in zip("qkv", given, before, strict=True):
             if x._version != version or not torch.equal(x.detach(), old):
                 return f"it modified its input {name}"
-        return None
-
-    def _settle(self, trial: Trial) -> None:
-        """What was kept must still be what was returned."""
-        for whole, kept in trial.held:
-            same = any(
-                kept.shape == view.shape and torch.equal(view, kept)
-                for view in (take(whole, rows) for rows in (self.rows, self.spot_rows))
-            )
-            if not same and trial.failure is None:
-                trial.failure = "a later call changed an output that it had already returned"
+        # An output that was returned before this run must not have been written into by it.
+        changed = any(not torch.equal(take(whole, rows), kept) for whole, rows, kept in trial.held)
         trial.held.clear()
+        return "a later call changed an output that it had returned" if changed else None
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:

@@ -20,6 +20,7 @@ from ..call import AttentionCall
 from ..reference import exact, grouped_apply, logits, masked_softmax
 from ..testing.budgets import largest
 
+EPS64 = torch.finfo(torch.float64).eps
 # Elements of one dense [B, Hq, slab, M] map while measuring, and of all cached ranks together.
 SLAB = 8 * 2**20
 RANK_CACHE = 256 * 2**20

@@ -69,7 +69,11 @@ class Case:
             "causal" if self.causal else "not causal",
         ]
         shown = ("scale", "softcap", "sink", "bias", "mask", "documents", "offset")
-        words += [f"{w}={getattr(self, w)}" for w in shown if getattr(self, w) not in (None, False, "", ())]
+        words += [
+            f"{w}={getattr(self, w)}"
+            for w in shown
+            if getattr(self, w) not in (None, False, "", ())
+        ]
         words += [f"strides={self.strides}"] if self.strides != "contiguous" else []
         words += [f"spread={self.spread:g}"] if self.spread != 1 else []
         return ", ".join([*words, f"seed={self.seed}"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from .budgets import Verdict, distance, rounding
+from .budgets import Budgets, Verdict, distance, rounding
 from .cases import Case
 from .laws import Broken, Subject, has_lse, hold, law, takes_gradients
 
@@ -119,21 +119,15 @@ def each_gradient_stands_alone(subject: Subject, case: Case) -> None:
     x = case.inputs()
     subject.require(x)
     grad, _ = subject.seeds(case, x)
-    budgets = subject.budgets(case, x, tag="out alone")
-    if not budgets.ref.grads:
-        budgets = subject.memo.budgets[(case, False, "out alone")] = type(budgets)(
-            subject.mechanism, x.q, x.k, x.v, subject.call(x), (grad, None)
-        )
-    for at, word in enumerate(x.leaves()):
-        leaf = x.leaves()[word].detach().requires_grad_()
+    budgets = Budgets(subject.mechanism, x.q, x.k, x.v, subject.call(x), (grad, None))
+    grads = {}
+    for word, tensor in x.leaves().items():
+        leaf = tensor.detach().requires_grad_()
         out = subject.out(x.but(**{word: leaf}))
         if not out.requires_grad:
             raise Broken(f"only {word} requires a gradient, and the output has none")
-        (found,) = torch.autograd.grad(out, leaf, grad)
-        verdict = Verdict(
-            distance(found, budgets.ref.grads[at]),
-            budgets._rule(budgets.naive.grads[at], budgets.ref.grads[at]),
-        )
+        (grads[word],) = torch.autograd.grad(out, leaf, grad)
+    for word, verdict in zip(grads, budgets.grads(list(grads.values())), strict=True):
         hold(verdict, f"gradient of {word} alone")
 
 

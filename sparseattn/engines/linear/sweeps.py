@@ -209,17 +209,22 @@ class Sweeps:
             if not step.queries:
                 continue
             phi_q = self.fold_queries(self.query_features(self.query_input(step), step), step)
-            total = torch.bmm(self.decayed(phi_q, step, "since_start"), met)
-            if phi_k is not None and value is not None:
-                total.baddbmm_(self.weigh(phi_q, phi_k, step), value)
-            total = self.unfold_queries(total, step)
-            own = out[:, :, self.rows(step)]
+            reaching = self.decayed(phi_q, step, "since_start")
+            scores = None if phi_k is None else self.weigh(phi_q, phi_k, step)
+            dv = self.call.value_dim
             if self.mechanism.normalize:
-                row_sum = total[..., -1:]
-                row_sum = row_sum.masked_fill(row_sum == 0, torch.inf)
-                torch.div(total[..., :-1], row_sum, out=own)
+                total = torch.bmm(reaching, met[..., dv:])
+                if scores is not None:
+                    total += scores.sum(-1, keepdim=True)
+                total.masked_fill_(total == 0, torch.inf)
+                if scores is not None:
+                    scores.div_(total)
+                result = torch.bmm(reaching, met[..., :dv]).div_(total)
             else:
-                own.copy_(total)
+                result = torch.bmm(reaching, met)
+            if scores is not None and value is not None:
+                result.baddbmm_(scores, value[..., :dv])
+            out[:, :, self.rows(step)] = self.unfold_queries(result, step)
 
     def backward_queries(self, grad_out: Tensor, rows: Tensor) -> Iterator[tuple[Step, Tensor]]:
         """The gradient of each step's queries `[b, Hq, L, D]`, forwards along the positions.
