@@ -15,7 +15,7 @@ FLOORS = [
     {"layout", "lowering", "reference"},
     {"engines"},
     {"base", "cache"},
-    {"hookspecs", "specs", "admission", "discovery", "registry"},
+    {"hookspecs", "specs", "admission", "claims", "discovery", "preference", "registry"},
     {"functional"},
     {"modules", "integrations"},
     {"harness", "testing"},

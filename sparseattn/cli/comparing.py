@@ -47,8 +47,6 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the journal PATH.part of --json PATH.")
 ]
 
-_BENCH_LENGTHS = [512, 1024, 2048, 4096]
-
 
 def _check_dtype(dtype: str) -> None:
     if dtype not in ("float64", "float32", "bfloat16", "float16"):
@@ -75,8 +73,10 @@ def _check_device(device: str) -> None:
             )
 
 
-def _measure(specs: list[str] | None, json: str | None, resume: bool, **given: Any) -> Any:
-    """The result of the harness, `{"manifest": ..., "rows": [...]}`, journalled beside PATH."""
+def _measure(
+    which: str, specs: list[str] | None, json: str | None, resume: bool, **given: Any
+) -> Any:
+    """What the harness's `compare` or `bench` makes of it, journalled beside PATH."""
     output.check_json(json)
     if resume and json in (None, output.STDOUT):
         raise InvalidInputError("--resume needs --json PATH: it goes on from the journal PATH.part")
@@ -86,9 +86,8 @@ def _measure(specs: list[str] | None, json: str | None, resume: bool, **given: A
 
     journal = None if json in (None, output.STDOUT) else Path(f"{json}.part")
     with output.own_stdout(), output.Progress() as progress:
-        result = run.compare(
-            specs or None, journal=journal, resume=resume, progress=progress, **given
-        )
+        measure = run.bench if which == "bench" else run.compare
+        result = measure(specs or None, journal=journal, resume=resume, progress=progress, **given)
     output.write_json(json, result)
     if journal is not None:
         journal.unlink(missing_ok=True)
@@ -114,11 +113,12 @@ def compare(
     Exits with 1 if a row failed.
     """
     result = _measure(
+        "compare",
         specs,
         json,
         resume,
         inputs=inputs or ["recorded"],
-        lengths=lengths,
+        lengths=lengths or None,
         seeds=seeds or [0],
         causal=causal,
         dtype=dtype,
@@ -151,12 +151,11 @@ def bench(
     failed.
     """
     result = _measure(
+        "bench",
         specs,
         json,
         resume,
-        inputs=["gaussian"],
-        lengths=lengths or _BENCH_LENGTHS,
-        seeds=[0],
+        lengths=lengths or None,
         causal=causal,
         dtype=dtype,
         device=device,

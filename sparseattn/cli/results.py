@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .output import say, table
+from .output import printable, say, table
 
 Row = Mapping[str, Any]
 
@@ -38,10 +37,15 @@ def _get(row: Row, field: str, part: str) -> float | None:
     return (row.get(field) or {}).get(part)
 
 
+WORSE = "worse than the mean of the values"
+
+
 def _notes(row: Row) -> str:
     notes = []
     if row["status"] != "ok":
         notes.append(f"{row['status']}: {row['reason']}")
+    elif row["reason"]:
+        notes.append(row["reason"])
     if row.get("control"):
         notes.append("control")
     if row.get("pareto"):
@@ -49,12 +53,13 @@ def _notes(row: Row) -> str:
     against_mean = _get(row, "error", "vs_mean_of_values")
     # At 1 it is the mean of the values itself.
     if against_mean is not None and against_mean > 1 and not row.get("control"):
-        notes.append("worse than the mean of the values")
-    if row["nature"] == "different_function":
+        notes.append(WORSE)
+    if row["nature"] == "different_function" and not row.get("control"):
         notes.append("another function: pretrained weights need training for it")
     if row.get("looks_ahead"):
         notes.append("looks ahead: prefill only")
-    return "; ".join(notes)
+    notes += row.get("notes") or []
+    return "; ".join(dict.fromkeys(notes))
 
 
 def _setting(row: Row) -> tuple[Any, ...]:
@@ -107,40 +112,43 @@ def print_comparison(rows: Iterable[Row]) -> None:
         )
 
 
-def growth(points: Iterable[tuple[float, float | None]]) -> float | None:
-    """The exponent p of the least-squares line `time ~ length ** p`; None below two lengths."""
-    logs = [(math.log(n), math.log(t)) for n, t in points if t is not None and t > 0]
-    if len({x for x, _ in logs}) < 2:
-        return None
-    mean_x = sum(x for x, _ in logs) / len(logs)
-    mean_y = sum(y for _, y in logs) / len(logs)
-    spread = sum((x - mean_x) ** 2 for x, _ in logs)
-    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / spread
+def _backward(row: Row, part: str) -> Any:
+    return (row.get("backward") or {}).get(part)
 
 
 def print_growth(rows: Iterable[Row]) -> None:
-    """A line a mechanism: time, and below it memory, at each length."""
+    """For time and for memory a table: a line a mechanism, a column a length."""
+    from ..harness.run import exponent
+
     rows = list(rows)
     lengths = sorted({row["length"] for row in rows})
     by_mechanism: dict[str, dict[int, Row]] = {}
     for row in rows:
         by_mechanism.setdefault(row["mechanism"], {})[row["length"]] = row
-    for at, (title, show, value) in enumerate(
-        (
-            ("Median time", seconds, lambda row: _get(row, "time", "median_s")),
-            ("Peak memory", size, lambda row: row.get("peak_bytes")),
-        )
-    ):
-        if at:
-            say()
+    quantities: list[tuple[str, Callable[[float | None], str], Callable[[Row], Any]]] = [
+        ("Median time, forward", seconds, lambda row: _get(row, "time", "median_s")),
+        ("Peak memory, forward", size, lambda row: row.get("peak_bytes")),
+    ]
+    if any(row.get("backward") for row in rows):
+        quantities += [
+            (
+                "Median time, forward and backward",
+                seconds,
+                lambda row: (_backward(row, "time") or {}).get("median_s"),
+            ),
+            ("Peak memory, forward and backward", size, lambda row: _backward(row, "peak_bytes")),
+        ]
+    for title, show, value in quantities:
         lines = []
         for mechanism, found in by_mechanism.items():
             values = {n: value(row) for n, row in found.items()}
             cells = [show(values.get(n)) for n in lengths]
-            lines.append([mechanism, *cells, number(growth(values.items()), ".2f")])
+            lines.append([mechanism, *cells, number(exponent(list(values.items())), ".2f")])
         table(["mechanism", *map(str, lengths), "grows as N^"], lines, title=title)
-    wrong = [row for row in rows if row["status"] != "ok"]
-    if wrong:
         say()
-    for row in wrong:
-        say(f"{row['mechanism']} at {row['length']}: {row['status']}: {row['reason']}")
+    for row in rows:
+        if row["status"] != "ok":
+            say(
+                f"{printable(row['mechanism'])} at {row['length']}: {row['status']}: "
+                f"{printable(row['reason'])}"
+            )

@@ -2,9 +2,9 @@
 
 | name | what it is |
 |---|---|
-| `recorded` | heads of three layers of SmolLM2-135M reading Hamlet (see `data/README.md`), the default |
+| `recorded` | the default: heads of SmolLM2-135M reading Hamlet (see `data/README.md`) |
 | `gaussian` | independent normal q, k, v: diffuse attention without structure |
-| `clustered` | keys in runs of one topic, each query after one topic it has seen: coherent blocks |
+| `clustered` | keys in runs of one topic, each query after one topic it has seen |
 | `needle` | noise and one planted key a head that the second half of the queries must find |
 | `sink_heavy` | the first key takes most of the mass of every query, and its value is small |
 

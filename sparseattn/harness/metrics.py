@@ -104,15 +104,15 @@ def percentile(values: np.ndarray, percent: float) -> float:
     return float(np.percentile(values, percent)) if values.size else math.nan
 
 
-def approximation(out: Tensor, ref: Tensor, mean_error: float | None) -> dict[str, float | None]:
-    """The `error` record of a row.
+def approximation(out: Tensor, ref: Tensor, mean_error: float | None) -> dict[str, Any]:
+    """The `error` record of a row; `rows_left_out` counts those where exact attention is 0.
 
     Args:
         out, ref: the definition and exact attention in float64, `[B, Hq, N, Dv]`.
         mean_error: the rel_l2 of the mean of the values, or None where that has failed.
     """
     total = relative_l2(out, ref)
-    errors, _ = row_errors(out, ref)
+    errors, left_out = row_errors(out, ref)
     against = math.nan
     if mean_error is not None:
         if mean_error > 0:
@@ -125,6 +125,7 @@ def approximation(out: Tensor, ref: Tensor, mean_error: float | None) -> dict[st
         "row_p95": finite_or_none(percentile(errors, 95)),
         "row_max": finite_or_none(float(errors.max()) if errors.size else math.nan),
         "vs_mean_of_values": finite_or_none(against),
+        "rows_left_out": left_out,
     }
 
 
@@ -137,7 +138,7 @@ class Inside:
         used, allowed: pairs of the mechanism, and of the call's own masks.
         residual: greatest violation of `O - O' = (1 - m)(mean outside - mean inside)`.
         tolerance: what float64 arithmetic may leave of it.
-        oracle: output of the exact top-k with as many keys a row, `[B, Hq, N, Dv]`.
+        oracle: output of the exact top-k with as many keys a row, `[B, Hq, N, Dv]`, if asked for.
     """
 
     mass: np.ndarray
@@ -145,7 +146,12 @@ class Inside:
     allowed: int
     residual: float
     tolerance: float
-    oracle: Tensor
+    oracle: Tensor | None
+
+    @property
+    def consistent(self) -> bool:
+        """Whether the definition's output and its mask tell one story."""
+        return self.residual <= self.tolerance
 
 
 class Exact:
@@ -186,7 +192,9 @@ class Exact:
             self._cached += size
         return ranks
 
-    def inside(self, mechanism: Mechanism, call: AttentionCall, out: Tensor) -> Inside:
+    def inside(
+        self, mechanism: Mechanism, call: AttentionCall, out: Tensor, oracle: bool = True
+    ) -> Inside:
         """Measure the map of a mechanism against the exact one.
 
         Args:
@@ -205,8 +213,9 @@ class Exact:
             used += int(mask.sum())
             seen_pairs += int(allowed.sum())
             counts = mask.sum(-1, keepdim=True)
-            top = self._ranked(piece.start, scores, allowed) < counts
-            oracles.append(grouped_apply(masked_softmax(scores, top)[0], self.v))
+            if oracle:
+                top = self._ranked(piece.start, scores, allowed) < counts
+                oracles.append(grouped_apply(masked_softmax(scores, top)[0], self.v))
             weights, _ = masked_softmax(scores, allowed)
             within = weights.masked_fill(~mask, 0.0)
             mass = within.sum(-1)
@@ -221,7 +230,7 @@ class Exact:
             seen_pairs,
             residual,
             64 * EPS64 * tolerance,
-            torch.cat(oracles, dim=2) if oracles else self.out,
+            torch.cat(oracles, dim=2) if oracles else None,
         )
 
     def _identity(

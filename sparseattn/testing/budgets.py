@@ -43,7 +43,7 @@ class Verdict(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A definition's output and lse, and the gradients of its inputs (empty where not asked for)."""
+    """A definition's output and lse, and the gradients of its inputs where asked for."""
 
     out: Tensor
     lse: Tensor | None
@@ -149,8 +149,8 @@ class Budgets:
     def _rule(self, naive: Tensor, ref: Tensor) -> float:
         if self.dtype != torch.float64:
             return rule(naive, ref, self.dtype)
-        # Where no sum of magnitudes is stated (gradients, lse): the float32 budget, in the digits of
-        # float64, with its constant of 64 for 2.
+        # Where no sum of magnitudes is stated (gradients, lse): the float32 budget in the digits
+        # of float64, with its constant of 64 for 2.
         return 32 * rule(naive, ref, torch.float32) * (_EPS / _EPS32)
 
     @property

@@ -28,7 +28,7 @@ def _serves(mechanism: Mechanism) -> bool:
 
 
 def _block_layout() -> BlockLayout:
-    """Blocks of 4 in a window and a random-looking column, for 600 positions; row 3 sees nothing."""
+    """Blocks of 4 near the query and a scattered one, for 600 positions; row 3 sees nothing."""
     rows = [[] if r == 3 else sorted({r, max(r - 1, 0), (r * 7) % (r + 1), 0}) for r in range(150)]
     indptr = [0]
     for row in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -186,7 +187,7 @@ def queries_may_be_cut(subject: Subject, case: Case) -> None:
     out = subject.out(x)
     budget = subject.budgets(case, x).out_budget
     ends = sorted({0, case.n // 3, case.n // 2 + 1, case.n})
-    for start, stop in zip(ends, ends[1:], strict=False):
+    for start, stop in itertools.pairwise(ends):
         piece = x.but(q=x.q[:, :, start:stop], q_offset=case.keys - case.n + start)
         near(subject.out(piece), out[:, :, start:stop], budget, f"queries {start} to {stop - 1}")
 
@@ -305,4 +306,3 @@ def results_merge_by_lse(subject: Subject, case: Case) -> None:
     near(merged[rows], out[rows].to(torch.float64), 3 * budgets.out_budget, "out of merged sets")
     budget = budgets.lse(lse).budget + largest(lse[rows]) * torch.finfo(lse.dtype).eps
     near(total[rows], lse[rows].to(torch.float64), budget, "lse of merged sets")
-

@@ -40,6 +40,11 @@ def count_features(mechanism: Any, k: Tensor, call: AttentionCall) -> int:
     return found
 
 
+def _guard(row_sum: Tensor) -> Tensor:
+    """Row sums to divide by: inf for exactly 0, so that its row is 0, and its gradients."""
+    return row_sum.masked_fill(row_sum == 0, torch.inf)
+
+
 class Sweeps:
     """One run, without anything invisible: its inputs, and what both directions share.
 
@@ -209,22 +214,19 @@ class Sweeps:
             if not step.queries:
                 continue
             phi_q = self.fold_queries(self.query_features(self.query_input(step), step), step)
-            reaching = self.decayed(phi_q, step, "since_start")
-            scores = None if phi_k is None else self.weigh(phi_q, phi_k, step)
-            dv = self.call.value_dim
+            total = torch.bmm(self.decayed(phi_q, step, "since_start"), met)
+            if phi_k is not None and value is not None:
+                scores = self.weigh(phi_q, phi_k, step)
+                if self.mechanism.normalize and step.chunks == len(self.steps) == 1:
+                    # All pairs at once: divided first, one key has a weight of exactly 1.
+                    scores.div_(_guard(scores.sum(-1, keepdim=True)))
+                total.baddbmm_(scores, value)
+            total = self.unfold_queries(total, step)
+            own = out[:, :, self.rows(step)]
             if self.mechanism.normalize:
-                total = torch.bmm(reaching, met[..., dv:])
-                if scores is not None:
-                    total += scores.sum(-1, keepdim=True)
-                total.masked_fill_(total == 0, torch.inf)
-                if scores is not None:
-                    scores.div_(total)
-                result = torch.bmm(reaching, met[..., :dv]).div_(total)
+                torch.div(total[..., :-1], _guard(total[..., -1:]), out=own)
             else:
-                result = torch.bmm(reaching, met)
-            if scores is not None and value is not None:
-                result.baddbmm_(scores, value[..., :dv])
-            out[:, :, self.rows(step)] = self.unfold_queries(result, step)
+                own.copy_(total)
 
     def backward_queries(self, grad_out: Tensor, rows: Tensor) -> Iterator[tuple[Step, Tensor]]:
         """The gradient of each step's queries `[b, Hq, L, D]`, forwards along the positions.
@@ -280,11 +282,10 @@ class Sweeps:
         reaching = self.decayed(phi_q, step, "since_start")
         total = torch.bmm(reaching, met_sum)
         if phi_k is None or d_weights is None:
-            total.masked_fill_(total == 0, torch.inf)
+            total = _guard(total)
             return total, (reaching * across).sum(-1, keepdim=True).div_(total)
         scores = self.weigh(phi_q, phi_k, step)
-        total += scores.sum(-1, keepdim=True)
-        total.masked_fill_(total == 0, torch.inf)
+        total = _guard(total + scores.sum(-1, keepdim=True))
         mean = (reaching * across).sum(-1, keepdim=True).div_(total)
         scores.div_(total).mul_(d_weights)
         return total, mean.add_(self.hide(scores, step).sum(-1, keepdim=True))

@@ -237,17 +237,6 @@ def test_a_row_says_what_its_reader_must_know(capsys):
     assert "worse" not in lines["best"]
 
 
-@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
-def test_growth_is_the_exponent(power):
-    points = [(n, 3e-4 * n**power) for n in (100, 1000, 5000)]
-    assert math.isclose(results.growth(points), power)
-    assert results.growth([*points, (64, None)]) == results.growth(points)
-
-
-def test_growth_needs_two_lengths():
-    assert results.growth([(100, 1.0), (100, 2.0), (200, None)]) is None
-
-
 @pytest.mark.parametrize(
     ("value", "words"), [(None, "-"), (2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.2e-8, "42 ns")]
 )
