@@ -92,3 +92,12 @@ def test_second_derivatives_are_refused_never_left_out() -> None:
     (grad,) = torch.autograd.grad(reference.sum(), q, create_graph=True)
     grad.square().sum().backward()
     assert q.grad is not None and q.grad.abs().sum() > 0
+
+
+def test_a_second_derivative_beside_another_path_is_refused_too() -> None:
+    # Autograd skips a refusal that leads to no input: the sum would then be silently wrong.
+    q, k, v = qkv()
+    out = sa.attention(q, k, v, "full")
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.square().sum() + q.square().sum(), q)

@@ -150,12 +150,22 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
-def _refuse_second(*grads: Tensor) -> tuple[Tensor, ...]:
-    refuse = torch._C._functions.DelayedError(
-        b"attention has no second derivative; impl='reference' is plain differentiable torch",
-        len(grads),
-    )
-    return refuse(*(g.detach().requires_grad_() for g in grads))
+class _RefuseSecond(torch.autograd.Function):
+    """Passes gradients on, and refuses to be differentiated.
+
+    It takes what the gradients depend on too: autograd skips a node that leads to no input, and a
+    skipped refusal is a silent zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(t.detach() for t in tensors[:count] if t is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            'attention has no second derivative; impl="reference" is plain differentiable torch'
+        )
 
 
 class _Attend(torch.autograd.Function):
@@ -181,7 +191,8 @@ class _Attend(torch.autograd.Function):
             )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph=True: a second derivative through these must fail, not be left out.
-            dq, dk, dv, dbias = _refuse_second(dq, dk, dv, dbias)
+            sources = (q, k, v, tensors[4], grad_out, grad_lse)
+            dq, dk, dv, dbias = _RefuseSecond.apply(4, dq, dk, dv, dbias, *sources)
         dbias = None if tensors[4] is None else dbias
         return (dq, dk, dv, None, None, None, None, dbias, None, *(None for _ in ctx.rest))
 
