@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 # Names are loaded when first used (PEP 562), so that `import sparseattn` and the command line's
@@ -33,7 +34,32 @@ _HOMES = {
     "register_mechanism": "registry",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [
+    "AttentionCall",
+    "BlockLayout",
+    "Grid",
+    "Implementation",
+    "InvalidInputError",
+    "KernelizedLinear",
+    "Layout",
+    "MaskedSoftmax",
+    "Mechanism",
+    "PluginError",
+    "SparseAttnError",
+    "SwapError",
+    "UnknownMechanismError",
+    "UnknownOptionError",
+    "UnsupportedCallError",
+    "__version__",
+    "attention",
+    "attention_weights",
+    "explain",
+    "hookimpl",
+    "list_mechanisms",
+    "mechanism",
+    "prefer",
+    "register_mechanism",
+]
 
 if TYPE_CHECKING:
     from .base import Implementation, KernelizedLinear, MaskedSoftmax, Mechanism
@@ -59,7 +85,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib import metadata
 
-        return metadata.version("sparseattn")
+        try:
+            return metadata.version("sparseattn")
+        except metadata.PackageNotFoundError:  # a checkout on the path, not installed
+            return "0+unknown"
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -69,3 +98,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if "torch" in sys.modules:
+    # A loaded export calls the operator by name, and touches nothing here. Where torch is not there
+    # yet, the operator comes with the first name that is used.
+    importlib.import_module(".engines.op", __name__)

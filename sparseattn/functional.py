@@ -251,7 +251,10 @@ def attention(
         )
     _refuse(mech, call)
     chosen = choose(mech, call, impl)
-    out, lse = _check_result(chosen, mech, chosen.run(mech, q, k, v, call), call)
+    # The inputs are cast: autocast would only turn an implementation's wide products back to half.
+    with torch.autocast(q.device.type, enabled=False):
+        result = chosen.run(mech, q, k, v, call)
+    out, lse = _check_result(chosen, mech, result, call)
     if not return_lse:
         return out
     assert lse is not None

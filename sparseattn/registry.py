@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from . import admission, specs
+from . import admission, discovery, specs
 from .base import Implementation, Mechanism
-from .discovery import PluginRecord, Staged, discover
+from .claims import (
+    Claim,
+    Claims,
+    State,
+    own_implementations,
+    publish,
+    rival,
+    settle,
+    way_out,
+    winner_of,
+)
+from .discovery import PluginRecord, Staged
 from .engines import intern
-from .errors import InvalidInputError, PluginError, UnknownMechanismError, did_you_mean
-from .errors import UnknownOptionError as _UnknownOptionError
+from .errors import (
+    InvalidInputError,
+    PluginError,
+    UnknownMechanismError,
+    UnknownOptionError,
+    did_you_mean,
+)
+from .preference import Preference
+from .preference import preferred as preferred
+
+# Seconds to wait for another thread's discovery. It may be waiting for this thread in turn, where
+# this one is in the middle of importing a plugin: an error frees both, patience would free neither.
+_PATIENCE = 120.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +51,13 @@ class Option:
 
 @dataclass(frozen=True)
 class MechanismRecord:
-    """A registered mechanism, as `list_mechanisms` reports it."""
+    """A registered mechanism, as `list_mechanisms` reports it.
+
+    Attributes:
+        provider: the distribution, or what `register_mechanism` was told.
+        summary: the first paragraph of the class's docstring, in one line.
+        options: by name, in the class's order.
+    """
 
     name: str
     nature: str
@@ -38,117 +68,66 @@ class MechanismRecord:
     source: str
 
 
-@dataclass
-class _Entry:
-    cls: type[Mechanism]
-    provider: str
-    record: PluginRecord | None  # None: registered by a script
-
-
-@dataclass
-class _State:
-    entries: dict[str, _Entry] = field(default_factory=dict)
-    contested: dict[str, list[PluginRecord]] = field(default_factory=dict)
-    implementations: dict[str, list[tuple[Implementation, str]]] = field(default_factory=dict)
-    inputs: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    metrics: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    records: list[PluginRecord] = field(default_factory=list)
-    discovered: bool = False
-
-
 _lock = threading.RLock()
-_state = _State()
-_preferred: tuple[str, ...] = ()
+_state = State()
+_loading: Staged | None = None  # the plugin being loaded, by the thread that holds the lock
 
 
-def _ready() -> _State:
-    """The registry, with every plugin discovered."""
-    if _state.discovered:
-        return _state
-    with _lock:
-        # A plugin that uses the registry while it is imported comes back here on the same thread,
-        # and sees what was published before it.
-        if not _state.discovered and not getattr(_loading, "now", False):
-            _loading.now = True
-            try:
-                for staged in discover():
-                    _publish(staged)
-                _check_implementations()
-                _state.discovered = True
-            finally:
-                _loading.now = False
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    if not _lock.acquire(timeout=_PATIENCE):
+        raise PluginError(
+            f"another thread has been loading plugins for {_PATIENCE:.0f} seconds, and perhaps "
+            "waits for this one; do not use the registry while a plugin's module is imported"
+        )
+    try:
+        yield
+    finally:
+        _lock.release()
+
+
+def _ready() -> State:
+    """The registry, with every plugin discovered.
+
+    A plugin that uses it while it is being loaded itself sees the plugins before it, the built-in
+    ones first.
+    """
+    if not _state.discovered:
+        _discover()
     return _state
 
 
-_loading = threading.local()
-
-
-def _complain(record: PluginRecord, problem: str) -> None:
-    record.status = "broken"
-    record.reason = f"{record.reason}; {problem}" if record.reason else problem
-
-
-def _publish(staged: Staged) -> None:
-    record = staged.record
-    _state.records.append(record)
-    for cls in staged.mechanisms:
-        name = cls.name  # type: ignore[attr-defined]
-        holder = _state.entries.get(name)
-        if name in _state.contested:
-            _state.contested[name].append(record)
-            _complain(record, f"the name {name!r} is contested by another plugin")
-        elif holder is None:
-            _state.entries[name] = _Entry(cls, record.distribution, record)
-        elif holder.record is None:
-            _complain(record, f"the name {name!r} was registered by a script first")
-        elif holder.record.built_in:
-            _complain(record, f"the name {name!r} belongs to a built-in mechanism")
-        else:
-            # Two strangers with one name: to favour either would silently change what it means.
-            del _state.entries[name]
-            _state.contested[name] = [holder.record, record]
-            for loser, other in ((holder.record, record), (record, holder.record)):
-                _complain(
-                    loser,
-                    f"the name {name!r} is also registered by {other.name!r} of "
-                    f"{other.distribution}: neither has it",
-                )
-                if name in loser.mechanisms:
-                    loser.mechanisms.remove(name)
-    for name, implementation in staged.implementations:
-        _state.implementations.setdefault(name, []).append((implementation, record.name))
-    for kind, found, held in (
-        ("input", staged.inputs, _state.inputs),
-        ("metric", staged.metrics, _state.metrics),
-    ):
-        for name, function in found:
-            if name in held:
-                _complain(record, f"the {kind} name {name!r} is taken")
-            else:
-                held[name] = function
-
-
-def _check_implementations() -> None:
-    """Drop implementations that bear a name their mechanism has already."""
-    by_name = {record.name: record for record in _state.records}
-    for name, found in _state.implementations.items():
-        entry = _state.entries.get(name)
-        taken: set[str] = set()
-        if entry is not None:
-            try:
-                instance = specs.build(entry.cls, {})
-                taken = {impl.name for impl in instance.implementations()}
-            except Exception:  # it needs options, or fails without them: checked when it is used
-                taken = set()
-        kept = []
-        for implementation, plugin in found:
-            if implementation.name in taken:
-                problem = f"{name!r} has an implementation {implementation.name!r} already"
-                _complain(by_name[plugin], problem)
-            else:
-                taken.add(implementation.name)
-                kept.append((implementation, plugin))
-        _state.implementations[name] = kept
+@intern.constant  # a compiled call may be the first: not for tracing
+def _discover() -> bool:
+    global _state, _loading
+    unknown: list[PluginRecord] = []
+    with _locked():
+        if _state.discovered or _loading is not None:
+            return True
+        state = _state = State()
+        try:
+            setting = discovery.Setting()
+            found = discovery.find()
+            for one in found:
+                record = PluginRecord(one.point.name, one.distribution, one.version)
+                state.records.append(record)
+                reason = setting.blocks(one)
+                if reason:
+                    record.status, record.reason = "blocked", reason
+                    continue
+                _loading = Staged(record)
+                discovery.load(one, _loading)
+                publish(state, _loading)
+            unknown = setting.unknown({one.point.name for one in found})
+            state.records += unknown
+            with discovery.quiet():
+                settle(state)
+            state.discovered = True
+        finally:
+            _loading = None  # interrupted, the next use begins again, with nothing
+    for record in unknown:
+        warnings.warn(record.reason, stacklevel=2)
+    return True
 
 
 def lookup(name: str) -> type[Mechanism]:
@@ -159,22 +138,32 @@ def lookup(name: str) -> type[Mechanism]:
             broken, blocked or contest the name.
     """
     state = _ready()
-    entry = state.entries.get(name)
-    if entry is not None:
-        return entry.cls
-    if name in state.contested:
-        rivals = " and ".join(f"{r.name!r} of {r.distribution}" for r in state.contested[name])
+    claims = state.mechanisms.get(name, [])
+    winner = winner_of(claims)
+    if winner is not None:
+        return winner.value
+    if claims:
+        assert claims[0].record is not None
         raise UnknownMechanismError(
-            f"the mechanism name {name!r} is registered by {rivals}, so neither has it; block one "
-            "with SPARSEATTN_PLUGINS=-name"
+            f"the mechanism name {name!r} is registered by {' and '.join(map(rival, claims))}, so "
+            f"none has it; {way_out(claims[0].record)}"
         )
-    known = sorted(state.entries)
-    absent = [f"{r.name!r} ({r.status})" for r in state.records if r.status != "loaded"]
-    hint = f" Not loaded: {', '.join(absent)}; see `sparseattn doctor`." if absent else ""
-    raise UnknownMechanismError(
-        f"no mechanism is named {name!r:.80}.{did_you_mean(name, known)} Registered: "
-        f"{', '.join(known)}.{hint}"
-    )
+    known = sorted(n for n, c in state.mechanisms.items() if winner_of(c) is not None)
+    near = did_you_mean(str(name).lower().replace("-", "_"), known)
+    reasons = [f"no mechanism is named {name!r:.80}.{near}"]
+    absent = [r for r in state.records if r.status != "loaded"]
+    # A plugin often bears the name of what it provides: the likeliest first.
+    absent.sort(key=lambda r: not did_you_mean(str(name), [r.name]))
+    hint = ""
+    if absent:
+        listed = ", ".join(f"{r.name!r} ({r.status})" for r in absent)
+        hint = f" Plugins not loaded: {listed}; see `sparseattn doctor`."
+        reasons += [f"plugin {r.name!r} is {r.status}: {r.reason}" for r in absent]
+    if not state.records:
+        hint = " No plugin is installed, not even the built-in ones: install sparseattn."
+    unfit = not isinstance(name, str) or not specs.NAME.fullmatch(name)
+    kind = specs.MisnamedError if unfit else UnknownMechanismError
+    raise kind(f"{reasons[0]}{hint} Registered: {', '.join(known) or 'none'}.", reasons)
 
 
 def mechanism(mechanism: str | Mechanism, /, **options: Any) -> Mechanism:
@@ -184,172 +173,209 @@ def mechanism(mechanism: str | Mechanism, /, **options: Any) -> Mechanism:
 
     Raises:
         UnknownMechanismError: no mechanism has that name.
-        UnknownOptionError: an option is unknown or ill-typed, or stands beside an instance or beside
-            a spec that has its own.
+        UnknownOptionError: an option is unknown or ill-typed, or stands beside an instance or
+            beside a spec that has its own.
         InvalidInputError: the spec is malformed, or the mechanism refuses a value.
     """
     if isinstance(mechanism, Mechanism):
         if options:
-            raise _UnknownOptionError(
-                f"options {', '.join(sorted(options))} were given beside the instance {mechanism!r}; "
-                "put them into the instance"
+            raise UnknownOptionError(
+                f"options {', '.join(sorted(options))} were given beside the instance "
+                f"{mechanism!r}; make one that has them: dataclasses.replace(mechanism, ...)"
             )
         return mechanism
     if isinstance(mechanism, type) and issubclass(mechanism, Mechanism):
         raise InvalidInputError(
-            f"got the class {mechanism.__name__}; pass an instance: {mechanism.__name__}(...)"
+            f"got the class {mechanism.__name__}; call it: {mechanism.__name__}(...)"
         )
-    name, given = specs.parse(mechanism)
+    name, given = specs.split(mechanism)
+    cls = lookup(name)
     if given and options:
-        raise _UnknownOptionError(
+        raise UnknownOptionError(
             f"options {', '.join(sorted(options))} were given beside the spec {mechanism!r:.80}, "
             "which has its own; put them all in one place"
         )
-    return specs.build(lookup(name), given or options)
+    return specs.build(cls, given or options)
 
 
 def list_mechanisms() -> list[MechanismRecord]:
     """Every registered mechanism, sorted by name."""
-    found = []
-    for name, entry in sorted(_ready().entries.items()):
-        cls = entry.cls
-        kinds = specs.option_types(cls)
-        options = {}
-        for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-            required = f.default is f.default_factory is dataclasses.MISSING
-            default = None
-            if f.default is not dataclasses.MISSING:
-                default = f.default
-            elif f.default_factory is not dataclasses.MISSING:
-                default = f.default_factory()
-            options[f.name] = Option(specs.type_name(kinds[f.name]), default, required)
-        doc = (cls.__dict__.get("__doc__") or "").strip()
-        # A dataclass without a docstring gets its signature for one, which says nothing.
-        first = doc.split("\n\n")[0]
-        summary = "" if doc.startswith(f"{cls.__name__}(") else " ".join(first.split())
-        found.append(
-            MechanismRecord(
-                name, cls.nature, entry.provider, summary, options, cls.looks_ahead, cls.source
-            )
-        )
-    return found
+    held = [(name, winner_of(claims)) for name, claims in sorted(_ready().mechanisms.items())]
+    return [_describe(claim.value, claim.provider) for _, claim in held if claim is not None]
 
 
-def register_mechanism(cls: Any) -> Any:
+def _describe(cls: type[Mechanism], provider: str) -> MechanismRecord:
+    kinds = specs.option_types(cls)
+    options = {}
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = f.default is f.default_factory is dataclasses.MISSING
+        default = None if f.default is dataclasses.MISSING else f.default
+        if f.default_factory is not dataclasses.MISSING:
+            default = f.default_factory()
+        options[f.name] = Option(specs.type_name(kinds[f.name]), default, required)
+    doc = (cls.__dict__.get("__doc__") or "").strip()
+    # A dataclass without a docstring gets its signature for one, which says nothing.
+    first = "" if doc.startswith(f"{cls.__name__}(") else " ".join(doc.split("\n\n")[0].split())
+    return MechanismRecord(
+        cls.name, cls.nature, provider, first, options, cls.looks_ahead, cls.source
+    )
+
+
+def register_mechanism(cls: Any = None, /, *, provider: str | None = None) -> Any:
     """Register a mechanism's class from a script; usable as a decorator above `@dataclass`.
 
     A class that is defined again (a notebook cell run twice) replaces its former self.
 
+    Args:
+        provider: what `list_mechanisms` calls its source; by default the class's module.
+
     Raises:
-        PluginError: the class would fail later, or the name belongs to a plugin.
+        PluginError: the class would fail later, or the name is taken.
     """
-    admission.admit_mechanism(cls)
-    state = _ready()
-    with _lock:
-        held = state.entries.get(cls.name)
-        if cls.name in state.contested or (held is not None and held.record is not None):
-            raise PluginError(
-                f"the mechanism name {cls.name!r} is taken by a plugin; choose another"
-            )
-        if held is not None and (held.cls.__module__, held.cls.__qualname__) != (
-            cls.__module__,
-            cls.__qualname__,
-        ):
-            raise PluginError(
-                f"the mechanism name {cls.name!r} is taken by {held.cls.__qualname__}"
-            )
-        state.entries[cls.name] = _Entry(cls, cls.__module__, None)
+    if cls is None:
+        return lambda cls: register_mechanism(cls, provider=provider)
+    _ready()
+    with _locked():
+        if _loading is not None:
+            # In a plugin's module: it counts as the plugin's, and goes with it if that fails.
+            return _loading.mechanism(cls)
+        admission.admit_mechanism(cls)
+        claims = _state.mechanisms.get(cls.name, [])
+        for claim in claims:
+            if claim.record is not None:
+                raise PluginError(
+                    f"mechanism class {cls.__qualname__}: the name {cls.name!r} is taken by the "
+                    f"plugin {rival(claim)}; choose another"
+                )
+            held = claim.value
+            if held is cls or _place(held) != _place(cls):
+                raise PluginError(
+                    f"mechanism class {cls.__qualname__}: the name {cls.name!r} is taken by "
+                    f"{'itself: it is registered already' if held is cls else _place(held)}"
+                )
+        _state.mechanisms = {
+            **_state.mechanisms,
+            cls.name: [Claim(cls, provider or cls.__module__, None)],
+        }
+        # Instances that were interned as a stranger's now have a spec that rebuilds them.
+        intern.set_resolver(mechanism, _holds)
     return cls
 
 
-def extra_implementations(name: str) -> tuple[Implementation, ...]:
-    """Implementations that plugins registered for a mechanism that another provides."""
-    return tuple(impl for impl, _ in _ready().implementations.get(name, ()))
+def _place(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def inputs() -> dict[str, Callable[..., Any]]:
-    """Harness inputs from plugins: name to `fn(length, seed, causal) -> (q, k, v)`."""
-    return dict(_ready().inputs)
+def extra_implementations(mechanism: str | Mechanism) -> tuple[Implementation, ...]:
+    """Implementations that plugins registered for a mechanism that another provides.
 
-
-def metrics() -> dict[str, Callable[..., Any]]:
-    """Harness metrics from plugins: name to `fn(out, ref, call) -> float`."""
-    return dict(_ready().metrics)
-
-
-def diagnose() -> list[PluginRecord]:
-    """What became of every entry point found: loaded, blocked or broken, and why."""
-    return list(_ready().records)
-
-
-class prefer:  # a verb: it is called like a function, and is a context when used as one
-    """Put implementations of these names first for `impl="auto"`, process-wide.
-
-    `sa.prefer("name")` lasts; `with sa.prefer("name"): ...` is undone at the end; `sa.prefer()`
-    clears.
-
-    Raises:
-        InvalidInputError: no registered mechanism has an implementation of that name.
+    Given an instance, none unless its class is the one that the registry holds: a stranger's class
+    of the same name is another mechanism.
     """
-
-    def __init__(self, *names: str) -> None:
-        global _preferred
-        known = _implementation_names()
-        for name in names:
-            if name not in known:
-                raise InvalidInputError(
-                    f"no implementation is named {name!r:.80}; expected one of "
-                    f"{', '.join(sorted(known))}.{did_you_mean(str(name), known)}"
-                )
-        with _lock:
-            self._before = _preferred
-            _preferred = names
-
-    def __enter__(self) -> prefer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        global _preferred
-        with _lock:
-            _preferred = self._before
+    state = _ready()
+    if isinstance(mechanism, str):
+        return state.extra.get(mechanism, ())
+    found = state.extra.get(mechanism.name, ())
+    return found if found and _held(mechanism) else ()
 
 
 def _implementation_names() -> set[str]:
     state = _ready()
-    names = {"reference"}
-    for found in state.implementations.values():
-        names |= {impl.name for impl, _ in found}
-    for entry in state.entries.values():
-        try:
-            names |= {impl.name for impl in specs.build(entry.cls, {}).implementations()}
-        except Exception:  # it needs options: its engine's names come from the others
-            continue
-    return names
+    # These mean the same everywhere, whether or not this machine has them.
+    names = {"reference", "torch", "native", "triton"}
+    names |= {impl.name for found in state.extra.values() for impl in found}
+    held = filter(None, map(winner_of, state.mechanisms.values()))
+    return names.union(*(own_implementations(claim.value) for claim in held))
 
 
-def preferred() -> tuple[str, ...]:
-    """The implementation names that `prefer` put first."""
-    return _preferred
+def prefer(*names: str) -> Preference:
+    """Put implementations of these names first for `impl="auto"`, process-wide.
+
+    `sa.prefer("name")` lasts; `with sa.prefer("name"): ...` is undone at the end, in whatever order
+    several end; `.undo()` does it by hand. The latest one counts alone: `sa.prefer()` prefers
+    nothing again. An implementation that does not support a call is passed over as ever.
+
+    Raises:
+        InvalidInputError: no registered mechanism has an implementation of that name.
+    """
+    known = _implementation_names()
+    for name in names:
+        if not isinstance(name, str) or name not in known:
+            raise InvalidInputError(
+                f"no implementation is named {name!r:.80}; expected some of "
+                f"{', '.join(sorted(known))}.{did_you_mean(str(name), known)}"
+            )
+    return Preference(names)
 
 
-def reset() -> None:
-    """Forget everything, so that the next use discovers again: for tests."""
-    global _state, _preferred
-    with _lock:
-        _state, _preferred = _State(), ()
-        intern.set_resolver(mechanism, _holds)
+def _functions(claims: Claims) -> dict[str, Callable[..., Any]]:
+    held = [(name, winner_of(rivals)) for name, rivals in sorted(claims.items())]
+    return {name: claim.value for name, claim in held if claim is not None}
+
+
+def inputs() -> dict[str, Callable[..., Any]]:
+    """Harness inputs from plugins: name to `fn(length, seed, causal) -> (q, k, v)`.
+
+    q `[B, Hq, length, D]`, k `[B, Hkv, length, D]` and v `[B, Hkv, length, Dv]` are float32 on the
+    CPU, the same for the same arguments. The names of the harness's own inputs are refused.
+
+    >>> def ramp(length, seed, causal):
+    ...     '''One head whose keys grow with their position.'''
+    ...     generator = torch.Generator().manual_seed(seed)
+    ...     q, k, v = torch.randn(3, 1, 1, length, 16, generator=generator)
+    ...     return q, k * torch.linspace(0, 1, length)[:, None], v
+    >>> class Plugin:
+    ...     @sparseattn.hookimpl
+    ...     def register_inputs(self, register):
+    ...         register("ramp", ramp)
+    """
+    return _functions(_ready().inputs)
+
+
+def metrics() -> dict[str, Callable[..., Any]]:
+    """Harness metrics from plugins: name to `fn(out, ref, call) -> float`.
+
+    `out` and `ref` are float64 `[B, Hq, R, Dv]`: the mechanism's definition and exact attention, on
+    the rows that the harness evaluates; `call` is the `AttentionCall` of those rows.
+
+    >>> def mean_bias(out, ref, call):
+    ...     '''How far the outputs lie to one side of exact attention.'''
+    ...     return float((out - ref).mean())
+    >>> class Plugin:
+    ...     @sparseattn.hookimpl
+    ...     def register_metrics(self, register):
+    ...         register("mean_bias", mean_bias)
+    """
+    return _functions(_ready().metrics)
+
+
+def diagnose() -> list[PluginRecord]:
+    """What became of every entry point found: loaded, blocked or broken, and why."""
+    return [dataclasses.replace(record) for record in _ready().records]
+
+
+def _held(mech: Mechanism) -> bool:
+    winner = winner_of(_ready().mechanisms.get(mech.name, []))
+    return winner is not None and winner.value is type(mech)
 
 
 def _holds(mech: Mechanism) -> bool:
     """Whether a spec alone rebuilds this mechanism: a registered class, and literal options."""
-    entry = _ready().entries.get(mech.name)
-    if entry is None or entry.cls is not type(mech):
+    if not _held(mech):
         return False
     try:
         name, options = specs.parse(repr(mech))
-        return name == mech.name and specs.build(entry.cls, options) == mech
+        return name == mech.name and specs.build(type(mech), options) == mech
     except Exception:  # an option that is no literal shows its digest, which does not parse
         return False
+
+
+def reset() -> None:
+    """Forget everything but preferences, so that the next use discovers again: for tests."""
+    global _state
+    with _locked():
+        _state = State()
+        intern.set_resolver(mechanism, _holds)
 
 
 intern.set_resolver(mechanism, _holds)

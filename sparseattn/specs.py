@@ -1,4 +1,4 @@
-"""Spec strings: `name` or `name(key=value, ...)` with literals, parsed by grammar, never evaluated."""
+"""Spec strings: `name` or `name(key=value, ...)`, parsed by grammar, never evaluated."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class MisnamedError(UnknownMechanismError, InvalidInputError):
 def _bad(spec: str, why: str) -> InvalidInputError:
     shown = spec if len(spec) <= 80 else spec[:77] + "..."
     return InvalidInputError(
-        f"spec {shown!r}: {why}; expected name or name(key=value, ...) with literal values, such as "
+        f"spec {shown!r}: {why}; expected name or name(key=value, ...) with literal values, as in "
         "'windowed(window=256, sinks=4)'"
     )
 

@@ -55,7 +55,7 @@ def _notes(row: Row) -> str:
     if against_mean is not None and against_mean > 1 and not row.get("control"):
         notes.append(WORSE)
     if row["nature"] == "different_function" and not row.get("control"):
-        notes.append("another function: pretrained weights need training for it")
+        notes.append("another function: pretrained softmax weights need training for it")
     if row.get("looks_ahead"):
         notes.append("looks ahead: prefill only")
     notes += row.get("notes") or []

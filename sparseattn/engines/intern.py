@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 _known: dict[str, Any] = {}
 _keys: dict[Any, str] = {}
 _resolver: Callable[[str], Any] | None = None
 _holds: Callable[[Any], bool] | None = None
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, which imports the compiler to set this same mark.
+
+    That import takes a second, in every process that compiles nothing.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def set_resolver(resolve: Callable[[str], Any], holds: Callable[[Any], bool]) -> None:
@@ -29,7 +38,7 @@ def set_resolver(resolve: Callable[[str], Any], holds: Callable[[Any], bool]) ->
     _keys.clear()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def key(mechanism: Any) -> str:
     """The string that stands for a mechanism in operator calls; a constant to traced code."""
     found = _keys.get(mechanism)

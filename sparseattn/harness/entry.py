@@ -16,23 +16,23 @@ from ..base import KernelizedLinear, MaskedSoftmax, Mechanism
 from ..call import AttentionCall
 from ..errors import UnsupportedCallError
 from ..testing.budgets import Budgets, Verdict
-from .measure import Contender, Inputs, Trial, decoy, isolated, peak_bytes
+from .measure import Trial, decoy, isolated, peak_bytes
 from .metrics import (
-    Exact,
     MeanOfValues,
     approximation,
     checked_rows,
     finite_or_none,
     percentile,
     relative_l2,
+    row_errors,
 )
+from .setting import Setting
 from .store import new_row
 
 # Implementations that compile at their first call, beside those that say so (`compiles = True`).
 _COMPILED = ("native", "triton", "flex")
 # Dense pairs that a density may count; more are sampled by rows.
 _MOST_PAIRS = 2**31
-_SPOT_ROWS = 8
 
 
 @dataclass
@@ -62,88 +62,6 @@ class Entry:
         if status != "ok":
             for name in ("time", "speedup", "peak_bytes", "select_s", "compile_s", "backward"):
                 self.row[name] = None
-
-
-class Setting:
-    """One call that all entries are measured on.
-
-    Args:
-        inputs: q, k, v in the tested dtype, on the tested device.
-        scale: as in `sparseattn.attention`.
-        seed: of the sampled rows and of the gradients that are sent back.
-    """
-
-    def __init__(
-        self, inputs: Inputs, causal: bool, scale: float | None, seed: int, backward: bool
-    ) -> None:
-        self.inputs = inputs
-        self.causal, self.scale, self.seed = causal, scale, seed
-        q, k, v = inputs
-        self.call = AttentionCall.make(q, k, v, causal=causal, scale=scale)
-        self.rows = checked_rows(self.call.n, seed)
-        if self.rows is not None:
-            self.rows = self.rows.to(q.device)
-        shuffled = np.random.default_rng(seed + 1).permutation(self.call.n)[:_SPOT_ROWS]
-        self.spot_rows = torch.from_numpy(np.sort(shuffled)).to(q.device)
-        self.grad = self._gradient() if backward else None
-        self._exact: Exact | None = None
-        self._mean_error: float | None = None
-
-    def _gradient(self) -> Tensor:
-        """The gradient of the output: normal numbers, 0 in rows that are not checked."""
-        q, _, v = self.inputs
-        shape = (*q.shape[:3], v.shape[3])
-        made = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 2))
-        made = made.to(q.device, q.dtype)
-        if self.rows is None:
-            return made
-        return torch.zeros_like(made).index_copy(2, self.rows, made[:, :, self.rows])
-
-    def part(self, x: Tensor) -> Tensor:
-        """The checked rows of `[B, H, N, D]`."""
-        return x if self.rows is None else x[:, :, self.rows]
-
-    def part_of(self, call: AttentionCall) -> AttentionCall:
-        """A call of the checked rows alone, at their own positions."""
-        return call if self.rows is None else call.take_rows(self.rows)
-
-    @property
-    def exact(self) -> Exact:
-        """Exact attention of the checked rows, made when first needed."""
-        if self._exact is None:
-            q, k, v = self.inputs
-            self._exact = Exact(self.part(q), k, v, self.part_of(self.call))
-        return self._exact
-
-    @property
-    def mean_error(self) -> float:
-        """rel_l2 of the mean of the visible values."""
-        if self._mean_error is None:
-            from ..reference import evaluate
-
-            exact = self.exact
-            mean, _ = evaluate(MeanOfValues(), exact.q, exact.k, exact.v, exact.call)
-            self._mean_error = relative_l2(mean, exact.out)
-        return self._mean_error
-
-    def run(self, entry: Entry) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The public call, as a user would make it."""
-
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return functional.attention(
-                q,
-                k,
-                v,
-                entry.mechanism,
-                causal=self.causal,
-                scale=self.scale,
-                impl=entry.impl,
-            )
-
-        return run
-
-    def contender(self, entry: Entry) -> Contender:
-        return Contender(entry.row["mechanism"], self.run(entry))
 
 
 def blank_row(mechanism: Mechanism, control: bool, **given: Any) -> dict[str, Any]:
@@ -290,6 +208,8 @@ def _approximation(
         row["notes"].append("worse than the mean of the values")
     row["density"] = finite_or_none(_density(entry, setting, call))
     row["metrics"] = _metrics(row, out, exact.out, part)
+    if setting.needle_rows is not None:
+        row["metrics"]["needle_found"] = _needle_found(setting, out, exact.out)
     masked = type(mechanism).mask is not Mechanism.mask
     if mechanism.nature not in ("exact", "masked_softmax") or not masked:
         return
@@ -339,6 +259,16 @@ def _metrics(
         if failures:
             row["notes"].append(f"metric {name}: {failures[0]}")
     return found
+
+
+def _needle_found(setting: Setting, out: Tensor, ref: Tensor) -> float | None:
+    """The share of the queries after the needle with a row error below one half: theirs is mostly
+    the output of exact attention."""
+    index = torch.arange(setting.call.n) if setting.rows is None else setting.rows.cpu()
+    assert setting.needle_rows is not None
+    late = (index >= setting.needle_rows).to(out.device)
+    errors, _ = row_errors(out[:, :, late], ref[:, :, late])
+    return float((errors < 0.5).mean()) if errors.size else None
 
 
 def _spot(mechanism: Mechanism, setting: Setting, trial: Trial) -> Verdict | None:
@@ -410,7 +340,7 @@ def _selection_time(mechanism: MaskedSoftmax, setting: Setting, runs: int) -> fl
 
 def _peak(entry: Entry, setting: Setting, gradients: bool) -> int | None:
     """Extra memory of one call; with gradients, of forward and backward."""
-    run = setting.run(entry)
+    run = setting.run(entry.mechanism, entry.impl)
     given = tuple(x.clone().requires_grad_(gradients) for x in decoy(setting.inputs, 1))
 
     def once() -> Any:

@@ -161,7 +161,7 @@ class Race:
         spot_rows: Tensor | None = None,
         runs: int = 7,
         warmup: int = 2,
-        max_seconds: float = 10.0,
+        max_seconds: float = 4.0,
         random_state: random.Random | None = None,
     ) -> None:
         self.inputs, self.rows, self.grad, self.spot_rows = inputs, rows, grad, spot_rows
@@ -179,7 +179,7 @@ class Race:
             if tick is not None:
                 tick(f"warming up {contender.label}")
             for _ in range(self.warmup):
-                if trial.first_s is None or trial.first_s < self.max_seconds:
+                if trial.first_s is None or trial.first_s < self.max_seconds / 4:
                     self._run(contender, trial, "warmup")
         plans = [self._plan() for _ in contenders]
         for number in range(self.runs):

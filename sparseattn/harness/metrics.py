@@ -21,6 +21,8 @@ from ..reference import exact, grouped_apply, logits, masked_softmax
 from ..testing.budgets import largest
 
 EPS64 = torch.finfo(torch.float64).eps
+# A sum below this may have lost digits to underflow.
+TINY = torch.finfo(torch.float64).tiny / EPS64
 # Elements of one dense [B, Hq, slab, M] map while measuring, and of all cached ranks together.
 SLAB = 8 * 2**20
 RANK_CACHE = 256 * 2**20
@@ -204,7 +206,7 @@ class Exact:
         masses: list[np.ndarray] = []
         oracles: list[Tensor] = []
         used = seen_pairs = 0
-        residual = tolerance = 0.0
+        residual = 0.0
         for piece in self._slabs():
             part = call.take_rows(piece).to_dtype(torch.float64)
             scores = logits(self.q[:, :, piece], self.k, part)
@@ -213,51 +215,39 @@ class Exact:
             used += int(mask.sum())
             seen_pairs += int(allowed.sum())
             counts = mask.sum(-1, keepdim=True)
+            powers = scores.masked_fill(~allowed, -torch.inf)
+            powers = powers.sub_(powers.amax(-1, keepdim=True)).exp_().nan_to_num_(nan=0.0)
             if oracle:
                 top = self._ranked(piece.start, scores, allowed) < counts
-                oracles.append(grouped_apply(masked_softmax(scores, top)[0], self.v))
-            weights, _ = masked_softmax(scores, allowed)
-            within = weights.masked_fill(~mask, 0.0)
-            mass = within.sum(-1)
-            masses.append(mass[allowed.any(-1)].cpu().numpy())
-            mine = out[:, :, piece]
-            gap, slack = self._identity(scores, allowed, mask, weights, within, mine)
-            residual = _worst(residual, gap)
-            tolerance = _worst(tolerance, slack)
+                oracles.append(self._mean(powers * top, scores, top)[0])
+            inner, within = self._mean(powers * mask, scores, mask)
+            outside = allowed & ~mask
+            outer, lost = self._mean(powers * outside, scores, outside)
+            total = within + lost
+            total = total.masked_fill(total == 0, 1.0)  # a row that sees no key
+            masses.append((within / total)[..., 0][allowed.any(-1)].cpu().numpy())
+            # `1 - m` is summed from the outside weights, so that it does not cancel. O' comes from
+            # the definition and the mask from `mask`: they must tell one story.
+            gap = self.out[:, :, piece] - out[:, :, piece] - lost / total * (outer - inner)
+            residual = _worst(residual, largest(gap))
         return Inside(
             np.concatenate(masses) if masses else np.zeros(0),
             used,
             seen_pairs,
             residual,
-            64 * EPS64 * tolerance,
+            # Exact attention, O' and two means: each has weights that sum to 1.
+            64 * EPS64 * 4 * largest(self.v),
             torch.cat(oracles, dim=2) if oracles else None,
         )
 
-    def _identity(
-        self,
-        scores: Tensor,
-        allowed: Tensor,
-        mask: Tensor,
-        weights: Tensor,
-        within: Tensor,
-        out: Tensor,
-    ) -> tuple[float, float]:
-        """`O - O' - (1 - m)(mean outside - mean inside)` at its worst, and the size of its terms.
-
-        The means are softmax averages over the keys outside and inside the mask; `1 - m` is summed
-        from the outside weights, so that it does not cancel. O' comes from the mechanism's own
-        definition and the mask from its own mask: they must tell one story.
-        """
-        outside = allowed & ~mask
-        lost = (weights - within).sum(-1, keepdim=True)
-        inner = masked_softmax(scores, mask)[0]
-        outer = masked_softmax(scores, outside)[0]
-        mean_in, mean_out = grouped_apply(inner, self.v), grouped_apply(outer, self.v)
-        full = grouped_apply(weights, self.v)
-        gap = full - out - lost * (mean_out - mean_in)
-        absolute = self.v.abs()
-        size = sum(largest(grouped_apply(w, absolute)) for w in (weights, inner, outer))
-        return largest(gap), size
+    def _mean(self, powers: Tensor, scores: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The softmax average of the values over some keys `[B, Hq, n, Dv]`, 0 over none, and the
+        sum of their `powers`, `exp(score - the row's greatest)`, which are 0 elsewhere."""
+        total = powers.sum(-1, keepdim=True)
+        if bool(((total < TINY) & keys.any(-1, keepdim=True)).any()):
+            # Next to nothing of the row's mass is here: the powers have underflowed.
+            return grouped_apply(masked_softmax(scores, keys)[0], self.v), total
+        return grouped_apply(powers, self.v) / total.masked_fill(total == 0, 1.0), total
 
 
 def _worst(a: float, b: float) -> float:

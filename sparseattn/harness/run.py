@@ -13,10 +13,11 @@ from .. import functional, registry
 from ..base import Mechanism
 from ..errors import InvalidInputError, SparseAttnError
 from . import manifest as conditions
-from .entry import Entry, Setting, admit, admit_backward, blank_row, judge
+from .entry import Entry, admit, admit_backward, blank_row, judge
 from .inputs import Sample, Source, source
-from .measure import Inputs, Race, Trial, isolated, say
+from .measure import Contender, Inputs, Race, Trial, isolated, say
 from .metrics import MeanOfValues, mark_pareto
+from .setting import Setting
 from .store import SCHEMA, Journal, plain, row_key
 
 Progress = Callable[[int, int, str], None]
@@ -54,7 +55,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     impl: str = "auto",
     backward: bool = False,
-    runs: int = 7,
+    runs: int = 5,
     progress: Progress | None = None,
     journal: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -270,7 +271,7 @@ class _Comparison:
         for name, x in zip("qkv", given, strict=True):
             if not bool(torch.isfinite(x).all()):
                 raise InvalidInputError(f"{name} has numbers that {self.dtype} does not hold")
-        return Setting(given, self.causal, sample.scale, seed, self.backward)
+        return Setting(given, self.causal, sample.scale, seed, self.backward, sample.needle_rows)
 
     def _race(
         self, setting: Setting, entries: list[Entry], where: str, tell: _Teller, gradients: bool
@@ -283,7 +284,8 @@ class _Comparison:
             runs=self.runs,
         )
         trials = race(
-            [setting.contender(e) for e in entries], lambda text: tell(f"{where}: {text}")
+            [Contender(e.row["mechanism"], setting.run(e.mechanism, e.impl)) for e in entries],
+            lambda text: tell(f"{where}: {text}"),
         )
         return {id(e): trial for e, trial in zip(entries, trials, strict=True)}
 

@@ -96,14 +96,15 @@ def define(
         with torch.no_grad():
             out, lse = reference.evaluate(mechanism, q, k, v, call, dtype)
         return Result(out, lse, ())
-    leaves = [
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    sink, bias = (
         None if x is None else x.detach().clone().requires_grad_()
-        for x in (q, k, v, call.sink_logits, call.bias)
-    ]
-    given = [x for x in leaves if x is not None]
-    call = call.replace(sink_logits=leaves[3], bias=leaves[4])
+        for x in (call.sink_logits, call.bias)
+    )
+    given = [x for x in (q, k, v, sink, bias) if x is not None]
+    call = call.replace(sink_logits=sink, bias=bias)
     with torch.enable_grad():
-        out, lse = reference.evaluate(mechanism, *leaves[:3], call, dtype)  # type: ignore[misc]
+        out, lse = reference.evaluate(mechanism, q, k, v, call, dtype)
         outputs, cotangents = _seeded(out, lse, seeds)
         grads = torch.autograd.grad(outputs, given, cotangents, allow_unused=True)
     filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, given, strict=True)]
@@ -193,11 +194,11 @@ class Budgets:
             mechanism, q, k, v, call, seeds = self._problem
             g = torch.Generator().manual_seed(0)
             for _ in range(_NEARBY_CALLS):
-                moved = [
+                q1, k1, v1 = (
                     (x * (1 + 0.01 * torch.randn(x.shape, generator=g).to(x))).to(x.dtype)
                     for x in (q, k, v)
-                ]
-                ref, naive = _both(mechanism, *moved, call, self.narrow, seeds)
+                )
+                ref, naive = _both(mechanism, q1, k1, v1, call, self.narrow, seeds)
                 self._nearby.append(
                     [self._rule(n, r) for n, r in zip(naive.grads, ref.grads, strict=True)]
                 )
@@ -216,8 +217,8 @@ def _both(
     """The definition in float64 and in a narrower dtype; gradients in the dtype of each."""
 
     def in_dtype(dtype: torch.dtype) -> Result:
-        cast = (x.to(dtype) for x in (q, k, v))
-        return define(mechanism, *cast, call.to_dtype(dtype), dtype, seeds)
+        cast = call.to_dtype(dtype)
+        return define(mechanism, q.to(dtype), k.to(dtype), v.to(dtype), cast, dtype, seeds)
 
     ref, naive = in_dtype(torch.float64), in_dtype(narrow)
     if not _finite(_tensors(naive), _tensors(ref)):

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import specs
 from ..base import Implementation, Mechanism
 from ..call import AttentionCall
-from ..errors import UnsupportedCallError
+from ..errors import SparseAttnError, UnsupportedCallError
 from ..functional import attention
 from .budgets import Budgets, Verdict, distance
 from .cases import Case, Inputs
@@ -213,6 +214,15 @@ def poisoned() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def with_options(mechanism: Mechanism, changes: dict[str, Any]) -> Mechanism | None:
+    """The mechanism with some options changed; None where it takes no such value."""
+    own = {f.name: getattr(mechanism, f.name) for f in dataclasses.fields(mechanism)}  # type: ignore[arg-type]
+    try:
+        return specs.build(type(mechanism), own | changes)
+    except SparseAttnError:
+        return None
 
 
 # Which mechanisms a law binds: each answers why not, or nothing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd.gradcheck import GradcheckError
 
 from .. import reference
 from .budgets import Budgets, Verdict, distance, rounding
@@ -146,7 +147,7 @@ def gradcheck(subject: Subject, case: Case) -> None:
 
     try:
         torch.autograd.gradcheck(run, tuple(leaves.values()), nondet_tol=0.0, fast_mode=False)
-    except torch.autograd.gradcheck.GradcheckError as error:  # type: ignore[attr-defined]
+    except GradcheckError as error:
         raise Broken(str(error).strip().splitlines()[0]) from error
 
 

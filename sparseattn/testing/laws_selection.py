@@ -116,7 +116,7 @@ def selections_see_no_future(subject: Subject, case: Case) -> None:
 def selections_are_repeatable(subject: Subject, case: Case) -> None:
     x = case.inputs()
     same(_choice(subject, x), _choice(subject, case.inputs()), "the selection, the second time")
-    flat = x.but(k=torch.full_like(x.k, 0.5))
+    flat = x.but(k=torch.zeros_like(x.k))
     used = _used(subject, flat)
-    # Every score ties: queries at one place of equal keys must not be told apart by their numbers.
+    # Keys of 0 make every score tie, to the last bit: no number of a query may break it.
     same(_used(subject, flat.but(q=x.q + 1)), used, "keys used among ties, for other queries")

@@ -83,7 +83,7 @@ def plan(call: AttentionCall, chunks: int) -> list[Step]:
     """
     first, last = int(call.offset), int(call.offset) + call.n
     keys = trim_future(call)
-    if not call.causal and keys <= CHUNK and call.n <= chunks * CHUNK:
+    if not call.causal and keys <= 2 * CHUNK and call.n <= chunks * CHUNK:
         return [Step(first, 1, call.n, True, True, facing=keys)]
     if not call.causal:
         return [*_cut(0, keys, chunks, False, True), *_cut(first, last, chunks, True, False)]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...call import AttentionCall
-from .plan import MOST_CHUNKS, Decay, Step, plan, state_elements
+from .plan import CHUNK, MOST_CHUNKS, Decay, Step, plan, state_elements
 
 _FEATURES: dict[tuple[Any, int], int] = {}  # of a mechanism and head width: only for step sizes
 
@@ -40,9 +40,27 @@ def count_features(mechanism: Any, k: Tensor, call: AttentionCall) -> int:
     return found
 
 
+def _row_major(x: Tensor) -> Tensor:
+    """x, copied where its rows are strided: products then give the same bits for any strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _guard(row_sum: Tensor) -> Tensor:
     """Row sums to divide by: inf for exactly 0, so that its row is 0, and its gradients."""
     return row_sum.masked_fill(row_sum == 0, torch.inf)
+
+
+def _sum_of_products(x: Tensor, y: Tensor, part: int) -> Tensor:
+    """`x^T y` of x `[h, L, F]` and y `[h, L, E]`, as the sum over parts of L where it is long.
+
+    One sum over a long step rounds each row to the size of all before it: up to three times the
+    error of the dense definition.
+    """
+    parts, rest = divmod(x.shape[1], part)
+    if parts < 2 or rest:
+        return torch.bmm(x.transpose(1, 2), y)
+    x, y = (t.reshape(t.shape[0] * parts, part, t.shape[2]) for t in (x, y))
+    return torch.bmm(x.transpose(1, 2), y).unflatten(0, (-1, parts)).sum(1)
 
 
 class Sweeps:
@@ -103,10 +121,10 @@ class Sweeps:
         return torch.arange(start, stop, device=self.q.device)[None, None]
 
     def query_input(self, step: Step) -> Tensor:
-        return self.q[:, :, self.rows(step)].to(self.dtype)
+        return _row_major(self.q[:, :, self.rows(step)].to(self.dtype))
 
     def key_input(self, step: Step) -> Tensor:
-        return self.k[:, :, step.key_rows].to(self.dtype)
+        return _row_major(self.k[:, :, step.key_rows].to(self.dtype))
 
     def query_features(self, x: Tensor, step: Step) -> Tensor:
         return self.mechanism.query_map(x, self.positions(step.start, step.stop), self.call).to(
@@ -203,7 +221,7 @@ class Sweeps:
             return None, None, *self.scan(state, None, step)
         phi_k = self.fold_keys(self.key_features(self.key_input(step), step), step)
         value = self.values(step)
-        added = torch.bmm(self.decayed(phi_k, step, "until_end").transpose(1, 2), value)
+        added = _sum_of_products(self.decayed(phi_k, step, "until_end"), value, CHUNK)
         return phi_k, value, *self.scan(state, added, step)
 
     def forward(self, out: Tensor) -> None:
@@ -318,7 +336,7 @@ class Sweeps:
                     total, mean = self.fold_queries(rows[:, :, self.rows(step)], step).split(1, 2)
                     divided = torch.cat([g, -mean], dim=-1).div_(total)
                 reaching = self.decayed(phi_q, step, "since_start")
-                added = torch.bmm(reaching.transpose(1, 2), divided)
+                added = _sum_of_products(reaching, divided, CHUNK * self.groups)
             met, state = self.scan(state, added, step, reverse=True)
             if not step.keys:
                 continue

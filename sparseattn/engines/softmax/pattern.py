@@ -39,7 +39,8 @@ def selected_keys(selection: Tensor, key_blocks: Tensor) -> Tensor:
     ids = selection.to(torch.int64)
     ids = torch.where((ids < 0) | (ids >= count), count, ids)
     named = torch.zeros(b, h, n, count + 1, dtype=torch.bool, device=selection.device)
-    named.scatter_(3, ids, True)
+    # Out of place: under vmap `named` has no mapped dimension.
+    named = named.scatter(3, ids, True)
     named[..., count] = False
     at = torch.where((key_blocks < 0) | (key_blocks >= count), count, key_blocks)
     return named.gather(3, at[:, None, None, :].expand(b, h, n, m))

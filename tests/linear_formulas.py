@@ -17,7 +17,7 @@ import sparseattn as sa
 from sparseattn_linear import Cosformer, Linear, Performer, Retention, Taylor
 from sparseattn_linear.features import draw
 
-FEATURES, HORIZON = 24, 700
+FEATURES, HORIZON = 64, 700
 
 # kernel(q, k, i, j, scale): weights before masks and division, for q `[H, N, D]`, k `[H, M, D]` and
 # positions i `[N]`, j `[M]`.
@@ -90,8 +90,8 @@ def place(
     q_ids, k_ids = q_ids or [0] * n, k_ids or [0] * m
     packed = len({*q_ids, *k_ids}) > 1
     key_mask = [True] * m if key_mask is None else key_mask
-    i, j = torch.zeros(n, dtype=torch.int64), torch.zeros(m, dtype=torch.int64)
-    allowed = torch.zeros(n, m, dtype=torch.bool)
+    i, j = [0] * n, [0] * m
+    allowed = [[False] * m for _ in range(n)]
     for document in {*q_ids, *k_ids}:
         queries = [r for r in range(n) if q_ids[r] == document]
         keys = [c for c in range(m) if k_ids[c] == document]
@@ -102,8 +102,9 @@ def place(
         for at, r in enumerate(queries):
             i[r] = start + at - (shown[0] if shown else 0)
             for c in keys:
-                allowed[r, c] = key_mask[c] and (not causal or bool(j[c] <= i[r]))
-    return Row(i, j, allowed)
+                allowed[r][c] = key_mask[c] and (not causal or j[c] <= i[r])
+    mask = torch.tensor(allowed, dtype=torch.bool).view(n, m)
+    return Row(torch.tensor(i, dtype=torch.int64), torch.tensor(j, dtype=torch.int64), mask)
 
 
 def weights(
