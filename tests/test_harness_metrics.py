@@ -272,8 +272,9 @@ measure.peak_bytes(allocate, torch.device("cpu"))
 print(measure.peak_bytes(allocate, torch.device("cpu")))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    # By resident pages, of which a few were there before.
-    assert size - 2**18 <= int(run.stdout) <= 1.25 * size
+    # By resident pages, of which a few were there before; and Linux counts them in batches by
+    # thread or core, so that a reading lags by up to a few hundred KiB.
+    assert size - 2**20 <= int(run.stdout) <= 1.25 * size
     once = measure._allocator_peak(Allocates(size))
     assert size <= once <= size + 2**16
     # Twice one after the other is no more than once.
