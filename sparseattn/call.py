@@ -11,18 +11,23 @@ work is done. A call also knows two views of its own masks:
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .arguments import (
+    check_bias,
+    check_float_tensor,
+    check_key_mask,
+    check_number,
+    check_q_offset,
+    check_qkv,
+    check_segments,
+    describe,
+)
 from .errors import InvalidInputError
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Placement(NamedTuple):
@@ -108,25 +113,25 @@ class AttentionCall:
         Raises:
             InvalidInputError: it names the argument, what came and what was expected.
         """
-        _check_qkv(q, k, v)
+        check_qkv(q, k, v)
         batch, q_heads, n, head_dim = q.shape
         kv_heads, m, value_dim = k.shape[1], k.shape[2], v.shape[3]
         if not isinstance(causal, bool):
-            raise InvalidInputError(f"causal must be True or False, got {_describe(causal)}")
+            raise InvalidInputError(f"causal must be True or False, got {describe(causal)}")
         if not isinstance(needs_lse, bool):
-            raise InvalidInputError(f"return_lse must be True or False, got {_describe(needs_lse)}")
+            raise InvalidInputError(f"return_lse must be True or False, got {describe(needs_lse)}")
         if scale is not None:
-            _check_number("scale", scale)
+            check_number("scale", scale)
             scale = float(scale)
         if softcap is not None:
-            _check_number("softcap", softcap)
+            check_number("softcap", softcap)
             if softcap <= 0:
                 raise InvalidInputError(
                     f"softcap must be greater than 0, got {softcap}; leave it out for no cap"
                 )
             softcap = float(softcap)
         if key_mask is not None:
-            _check_key_mask(key_mask, batch, m, q.device)
+            check_key_mask(key_mask, batch, m, q.device)
         if q_segments is not None or kv_segments is not None:
             if q_offset is not None:
                 raise InvalidInputError(
@@ -143,18 +148,18 @@ class AttentionCall:
             q_segments = kv_segments if q_segments is None else q_segments
             kv_segments = q_segments if kv_segments is None else kv_segments
             assert q_segments is not None and kv_segments is not None
-            _check_segments("q_segments", q_segments, "[B, N]", (batch, n), q.device)
-            _check_segments("kv_segments", kv_segments, "[B, M]", (batch, m), q.device)
+            check_segments("q_segments", q_segments, "[B, N]", (batch, n), q.device)
+            check_segments("kv_segments", kv_segments, "[B, M]", (batch, m), q.device)
         if q_offset is not None:
-            q_offset = _check_q_offset(q_offset, batch, q.device)
+            q_offset = check_q_offset(q_offset, batch, q.device)
         if sink_logits is not None:
-            _check_float_tensor("sink_logits", sink_logits, q.device)
+            check_float_tensor("sink_logits", sink_logits, q.device)
             if tuple(sink_logits.shape) != (q_heads,):
                 raise InvalidInputError(
                     f"sink_logits must have shape [Hq] = [{q_heads}], got {list(sink_logits.shape)}"
                 )
         if bias is not None:
-            _check_bias(bias, batch, q_heads, n, m, q.device)
+            check_bias(bias, batch, q_heads, n, m, q.device)
         needs_grad = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (q, k, v, sink_logits, bias)
         )
@@ -302,186 +307,3 @@ def _run_of(ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     high = torch.searchsorted(ordered, wanted, right=True)
     start = index.gather(1, low.clamp(max=ids.shape[1] - 1))
     return start, high - low
-
-
-def is_readable(tensor: Tensor) -> bool:
-    """Whether values can be read on the host now: not while tracing, nor under vmap."""
-    return not (
-        torch.compiler.is_compiling()
-        or tensor.device.type == "meta"
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        or isinstance(tensor, torch._subclasses.FakeTensor)
-    )
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {list(value.shape)}"
-    return f"{value!r:.80} ({type(value).__name__})"
-
-
-def _check_number(name: str, value: object) -> None:
-    # torch.SymFloat and SymInt stand for numbers while compiling.
-    symbolic = isinstance(value, (torch.SymFloat, torch.SymInt))
-    if symbolic:
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InvalidInputError(f"{name} must be a number, got {_describe(value)}")
-    if not math.isfinite(value):
-        raise InvalidInputError(f"{name} must be finite, got {value}")
-
-
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise InvalidInputError(
-                f"{name} must be a torch.Tensor [batch, heads, length, width], got "
-                f"{_describe(tensor)}"
-            )
-        if tensor.layout != torch.strided or tensor.is_nested:
-            raise InvalidInputError(
-                f"{name} must be a dense strided tensor, got layout {tensor.layout}; convert it "
-                "with .to_dense() or pad it and give key_mask"
-            )
-        if tensor.ndim != 4:
-            raise InvalidInputError(
-                f"{name} must have 4 dimensions [batch, heads, length, width], got "
-                f"{tensor.ndim} with shape {list(tensor.shape)}"
-            )
-        if tensor.dtype not in DTYPES:
-            raise InvalidInputError(
-                f"{name} has dtype {tensor.dtype}; expected float64, float32, bfloat16 or float16"
-            )
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise InvalidInputError(
-                f"{name} has dtype {tensor.dtype} but q has {q.dtype}; q, k and v must share one "
-                f"dtype: cast them with .to()"
-            )
-        if tensor.device != q.device:
-            raise InvalidInputError(
-                f"{name} is on {tensor.device} but q is on {q.device}; move them to one device"
-            )
-        if tensor.shape[0] != q.shape[0]:
-            raise InvalidInputError(
-                f"{name} has batch {tensor.shape[0]} but q has {q.shape[0]}: shapes "
-                f"q {list(q.shape)}, {name} {list(tensor.shape)}"
-            )
-    if k.shape[1] != v.shape[1]:
-        raise InvalidInputError(f"v has {v.shape[1]} heads but k has {k.shape[1]}")
-    if k.shape[2] != v.shape[2]:
-        raise InvalidInputError(
-            f"v has length {v.shape[2]} but k has {k.shape[2]}; each key needs one value"
-        )
-    if q.shape[3] != k.shape[3]:
-        raise InvalidInputError(
-            f"k has width {k.shape[3]} but q has {q.shape[3]}; q . k needs one width"
-        )
-    if q.shape[3] == 0:
-        raise InvalidInputError("q has width D = 0; expected at least 1: no logit is defined")
-    q_heads, kv_heads = q.shape[1], k.shape[1]
-    if kv_heads == 0:
-        if q_heads != 0:
-            raise InvalidInputError(f"k has 0 heads but q has {q_heads}")
-    elif q_heads % kv_heads != 0:
-        raise InvalidInputError(
-            f"q has {q_heads} heads, which is not a multiple of the {kv_heads} heads of k and v; "
-            "grouped heads need Hq = groups * Hkv"
-        )
-
-
-def _check_key_mask(mask: object, batch: int, m: int, device: torch.device) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise InvalidInputError(
-            f"key_mask must be a bool tensor [B, M], True where a key may be seen, got "
-            f"{_describe(mask)}; for 0/1 masks use mask.bool(), for additive ones mask == 0"
-        )
-    if tuple(mask.shape) != (batch, m):
-        raise InvalidInputError(
-            f"key_mask must have shape [B, M] = [{batch}, {m}], got {list(mask.shape)}; masks are "
-            "not broadcast: use .expand()"
-        )
-    if mask.device != device:
-        raise InvalidInputError(f"key_mask is on {mask.device} but q is on {device}")
-
-
-def _check_segments(
-    name: str, ids: object, axes: str, shape: tuple[int, int], device: torch.device
-) -> None:
-    if not isinstance(ids, Tensor) or ids.dtype not in _INT_DTYPES:
-        raise InvalidInputError(f"{name} must be an int tensor {axes}, got {_describe(ids)}")
-    if tuple(ids.shape) != shape:
-        raise InvalidInputError(
-            f"{name} must have shape {axes} = {list(shape)}, got {list(ids.shape)}; segments are "
-            "not broadcast: use .expand()"
-        )
-    if ids.device != device:
-        raise InvalidInputError(f"{name} is on {ids.device} but q is on {device}")
-    if is_readable(ids):
-        check_contiguous_runs(name, ids)
-
-
-def check_contiguous_runs(name: str, ids: Tensor) -> None:
-    """Refuse segment ids that come back after another id: a document is one run.
-
-    Raises:
-        InvalidInputError: an id is used by two runs of one row.
-    """
-    if ids.shape[1] < 2:
-        return
-    # In a row of contiguous runs, the number of changes is the number of distinct ids less one.
-    changes = (ids[:, 1:] != ids[:, :-1]).sum(1)
-    ordered = ids.sort(dim=1).values
-    distinct = (ordered[:, 1:] != ordered[:, :-1]).sum(1)
-    bad = (changes != distinct).tolist()
-    if any(bad):
-        raise InvalidInputError(
-            f"{name} must hold each document in one contiguous run with an id of its own; row "
-            f"{bad.index(True)} uses an id twice: give the later run another id"
-        )
-
-
-def _check_q_offset(offset: object, batch: int, device: torch.device) -> int | Tensor:
-    if isinstance(offset, torch.SymInt):
-        return offset  # type: ignore[return-value]
-    if isinstance(offset, Tensor):
-        if offset.dtype not in (torch.int64, torch.int32) or tuple(offset.shape) != (batch,):
-            raise InvalidInputError(
-                f"q_offset must be an int or an int tensor [B] = [{batch}], got {_describe(offset)}"
-            )
-        if offset.device != device:
-            raise InvalidInputError(f"q_offset is on {offset.device} but q is on {device}")
-        return offset
-    if isinstance(offset, bool) or not isinstance(offset, numbers.Integral):
-        raise InvalidInputError(
-            f"q_offset must be an int or an int tensor [B], got {_describe(offset)}"
-        )
-    if abs(int(offset)) >= 2**62:
-        raise InvalidInputError(f"q_offset must fit a position below 2**62, got {offset}")
-    return int(offset)
-
-
-def _check_float_tensor(name: str, value: object, device: torch.device) -> None:
-    if not isinstance(value, Tensor) or value.dtype not in DTYPES:
-        raise InvalidInputError(f"{name} must be a floating-point tensor, got {_describe(value)}")
-    if value.device != device:
-        raise InvalidInputError(f"{name} is on {value.device} but q is on {device}")
-
-
-def _check_bias(
-    bias: Tensor, batch: int, q_heads: int, n: int, m: int, device: torch.device
-) -> None:
-    _check_float_tensor("bias", bias, device)
-    shape = tuple(bias.shape)
-    fits = (
-        len(shape) == 4
-        and shape[0] in (1, batch)
-        and shape[1] in (1, q_heads)
-        and shape[2] in (1, n)
-        and shape[3] == m
-    )
-    if not fits:
-        raise InvalidInputError(
-            f"bias must have shape [B or 1, Hq or 1, N or 1, M] with B={batch}, Hq={q_heads}, "
-            f"N={n}, M={m}, got {list(shape)}"
-        )

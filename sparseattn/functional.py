@@ -71,7 +71,7 @@ def candidates(mechanism: Mechanism) -> list[Implementation]:
     """
     found = [
         *mechanism.implementations(),
-        *registry.extra_implementations(mechanism.name),
+        *registry.extra_implementations(mechanism),
         REFERENCE,
     ]
     preferred = registry.preferred()

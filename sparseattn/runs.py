@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .call import AttentionCall, check_contiguous_runs
+from .arguments import check_contiguous_runs
+from .call import AttentionCall
 
 
 class Run(NamedTuple):
@@ -103,8 +104,10 @@ def _piece(mask: np.ndarray | None, b: int, start: int, stop: int) -> tuple[int,
     return start + first, start + last + 1, allowed.size != last - first + 1
 
 
-def _boundaries(ids: np.ndarray) -> np.ndarray:
-    return np.concatenate(([0], np.flatnonzero(ids[1:] != ids[:-1]) + 1, [len(ids)]))
+def _runs_of(ids: np.ndarray) -> list[tuple[int, int]]:
+    """The stretches of equal ids, as (start, stop); one empty stretch where there are none."""
+    cuts = np.concatenate(([0], np.flatnonzero(ids[1:] != ids[:-1]) + 1, [len(ids)]))
+    return list(zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True))
 
 
 def _packed(call: AttentionCall) -> list[_Row]:
@@ -116,9 +119,8 @@ def _packed(call: AttentionCall) -> list[_Row]:
     mask = None if call.key_mask is None else call.key_mask.cpu().numpy()
     rows: list[_Row] = []
     for b in range(call.batch):
-        q_cuts, k_cuts = _boundaries(q_all[b]), _boundaries(k_all[b])
-        keys = {int(k_all[b, s]): (int(s), int(e)) for s, e in zip(k_cuts, k_cuts[1:])}
-        for q_start, q_stop in zip(q_cuts.tolist(), q_cuts[1:].tolist()):
+        keys = {int(k_all[b, start]): (start, stop) for start, stop in _runs_of(k_all[b])}
+        for q_start, q_stop in _runs_of(q_all[b]):
             span = keys.get(int(q_all[b, q_start]))
             if span is None or (piece := _piece(mask, b, *span)) is None:
                 continue

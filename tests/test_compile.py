@@ -60,7 +60,8 @@ def test_export_survives_a_file() -> None:
 @pytest.mark.parametrize("spec", ["windowed(window=8)", "linear"])
 def test_opcheck(spec: str) -> None:
     engine = "linear" if spec == "linear" else "softmax"
-    rest = (None,) * 7
+    sink = torch.randn(1, qkv()[0].shape[1], requires_grad=True) if engine == "softmax" else None
+    rest = (*(None,) * 5, sink, None, None)
     key = intern.key(sa.mechanism(spec))
     args = (*qkv(), *rest, key, True, 0.25, None, f"{engine}:torch")
     torch.library.opcheck(torch.ops.sparseattn.attend.default, args)

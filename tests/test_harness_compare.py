@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -330,10 +333,9 @@ def test_resume_goes_on_and_measures_nothing_twice(tmp_path):
         file.write(b'{"mechanism": "cut o')  # the machine died in the middle of a line
     lines = path.read_bytes().splitlines(keepends=True)[:-1]
     before = [json.loads(line) for line in lines]
-    assert "manifest" in before[0] and [row["mechanism"] for row in before[1:]] == [
-        "full",
-        repr(first),
-    ]
+    assert [row["mechanism"] for row in before] == ["full", repr(first)]
+    manifests = [row.pop("manifest") for row in before]
+    assert manifests[0] == manifests[1] and manifests[0]["seed"] == [0]
     calls = type(first).planted.calls
     result = run.compare(specs, journal=path, resume=True, **QUICK)
     assert type(first).planted.calls == calls
@@ -345,10 +347,10 @@ def test_resume_goes_on_and_measures_nothing_twice(tmp_path):
         repr(second),
         "mean_of_values",
     ]
-    for old, new in zip(before[1:], rows, strict=False):
+    for old, new in zip(before, rows, strict=False):
         assert {**old, "pareto": None} == {**new, "pareto": None}
     assert path.read_bytes().startswith(b"".join(lines))
-    assert len(path.read_bytes().splitlines()) == 6
+    assert len(path.read_bytes().splitlines()) == 5
     again = run.compare(specs, journal=path, resume=True, **QUICK)
     assert again["rows"] == rows
 
@@ -371,7 +373,7 @@ def test_a_journal_of_something_else_is_refused(tmp_path):
     with pytest.raises(sa.InvalidInputError, match="no JSON"):
         run.compare(["full"], journal=path, resume=True, **QUICK)
     path.write_text('{"a": 1}\n')
-    with pytest.raises(sa.InvalidInputError, match="no manifest"):
+    with pytest.raises(sa.InvalidInputError, match="with its manifest"):
         run.compare(["full"], journal=path, resume=True, **QUICK)
     assert path.read_text() == '{"a": 1}\n'
 
@@ -390,6 +392,30 @@ def test_a_document_is_written_whole_or_not_at_all(tmp_path):
     assert json.loads(target.read_text())["rows"] and [p.name for p in tmp_path.iterdir()] == [
         "r.json"
     ]
+
+
+def test_a_comparison_without_the_plugin_full():
+    code = """
+from sparseattn.harness import run
+made = run.compare(None, inputs=["gaussian"], lengths=[32], runs=1)["rows"]
+print([(row["mechanism"], row["status"], row["control"]) for row in made if row["control"]])
+print(sorted({row["mechanism"].partition("(")[0] for row in made}))
+"""
+    environment = {**os.environ, "SPARSEATTN_PLUGINS": "linear"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    controls, names = done.stdout.splitlines()
+    assert controls == "[('full', 'ok', True), ('mean_of_values', 'ok', True)]"
+    assert names == "['full', 'linear', 'mean_of_values', 'performer', 'retention', 'taylor']"
+
+
+def test_a_missing_implementation_loses_its_own_row_only():
+    other = mechanism(honest_act)
+    rows = run.compare([other, "windowed(window=8)"], impl="torch", **QUICK)["rows"]
+    status = {row["mechanism"].partition("(")[0]: row["status"] for row in rows}
+    assert status.pop(other.name) == "unsupported" and set(status.values()) == {"ok"}
 
 
 def test_a_row_has_no_unknown_field():

@@ -176,7 +176,7 @@ class BlockSparse(sa.MaskedSoftmax):
         return self.pattern.contains(i, j)
 
     def clauses(self, grid: sa.Grid) -> sa.Layout:
-        return self.pattern.to_layout(grid)
+        return grid.blocks(self.pattern.indptr, self.pattern.indices, self.pattern.block)
 
     # A path says where the blocks were, not which: content counts too.
     def __eq__(self, other: object) -> bool:

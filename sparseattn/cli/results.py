@@ -37,9 +37,6 @@ def _get(row: Row, field: str, part: str) -> float | None:
     return (row.get(field) or {}).get(part)
 
 
-WORSE = "worse than the mean of the values"
-
-
 def _notes(row: Row) -> str:
     notes = []
     if row["status"] != "ok":
@@ -50,16 +47,7 @@ def _notes(row: Row) -> str:
         notes.append("control")
     if row.get("pareto"):
         notes.append("pareto")
-    against_mean = _get(row, "error", "vs_mean_of_values")
-    # At 1 it is the mean of the values itself.
-    if against_mean is not None and against_mean > 1 and not row.get("control"):
-        notes.append(WORSE)
-    if row["nature"] == "different_function" and not row.get("control"):
-        notes.append("another function: pretrained softmax weights need training for it")
-    if row.get("looks_ahead"):
-        notes.append("looks ahead: prefill only")
-    notes += row.get("notes") or []
-    return "; ".join(dict.fromkeys(notes))
+    return "; ".join([*notes, *(row.get("notes") or [])])
 
 
 def _setting(row: Row) -> tuple[Any, ...]:

@@ -46,17 +46,23 @@ class Kernel(Protocol):
 
 KERNELS: dict[str, Kernel] = {}
 
-# What describes a call beside q, k and v. Sink logits compose outside, from lse.
+# What describes a call beside q, k and v; sink_logits is [B or 1, Hq].
 _CALL = (
     "Tensor? key_mask, Tensor? q_segments, Tensor? kv_segments, Tensor? selection, Tensor? bias, "
-    "Tensor? q_offsets, SymInt? q_offset, str spec, bool causal, float scale, float? softcap, "
-    "str kernel"
+    "Tensor? sink_logits, Tensor? q_offsets, SymInt? q_offset, str spec, bool causal, float scale, "
+    "float? softcap, str kernel"
 )
+_BIAS, _SINK, _TENSORS = 4, 5, 7
+# With fewer pairs of a query and a key than this, over all heads, the torch kernels compute with
+# twice the digits: the rounding of single numbers shows in the greatest error of a small result,
+# and costs next to nothing to avoid.
+_FEW_PAIRS = 2**13
+_FEW_PAIRS_BACKWARD = 2**19
 _LIB = torch.library.Library("sparseattn", "DEF")
 _LIB.define(f"attend(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)")
 _LIB.define(
     "attend_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor lse, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -64,10 +70,15 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _rebuild(q: Tensor, k: Tensor, v: Tensor, args: tuple[Any, ...]) -> AttentionCall:
-    """The call that `_CALL` describes; it was validated before it was taken apart."""
-    key_mask, q_seg, kv_seg, selection, bias, offsets, offset, _, causal, scale, softcap, _ = args
-    return AttentionCall(
+def _rebuild(
+    mechanism: Any, q: Tensor, k: Tensor, v: Tensor, args: tuple[Any, ...]
+) -> AttentionCall:
+    """The call that `_CALL` describes, without its sink logits; it was validated before it was
+    taken apart."""
+    key_mask, q_seg, kv_seg, selection, bias, _, offsets, offset, _, causal, scale, softcap, _ = (
+        args
+    )
+    call = AttentionCall(
         batch=q.shape[0],
         q_heads=q.shape[1],
         kv_heads=k.shape[1],
@@ -87,18 +98,65 @@ def _rebuild(q: Tensor, k: Tensor, v: Tensor, args: tuple[Any, ...]) -> Attentio
         bias=bias,
         selection=selection,
     )
+    return call if selection is not None else mechanism.with_selection(q, k, call)
+
+
+def _digits(kernel: str, call: AttentionCall, few: int) -> torch.dtype:
+    """The dtype to compute a call in: a wider one where it has few pairs."""
+    if not kernel.endswith(":torch") or call.batch * call.q_heads * call.n * call.m >= few:
+        return call.dtype
+    return torch.float64 if call.dtype == torch.float32 else _wide(call.dtype)
+
+
+def _sinking(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax with one more logit s, which has no value: other weights shrink by sigmoid(lse - s).
+
+    Where no key is visible, lse is s alone.
+    """
+    sink = sink.to(lse.dtype)[..., None]
+    empty = lse == -torch.inf
+    finite = lse.masked_fill(empty, 0.0)
+    share = torch.sigmoid(finite - sink).masked_fill(empty, 0.0)
+    total = torch.where(empty, sink.expand_as(lse), torch.logaddexp(finite, sink))
+    return (out * share[..., None]).to(out.dtype), total
+
+
+def _sink_gradient(
+    sink: Tensor, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> Tensor:
+    """The gradient of sink logits `[B or 1, Hq]`, from the total out and lse: as that of any
+    logit, `P * (grad . v + dlse - grad . out)` with v = 0, summed over the queries."""
+    slope = -(grad_out.to(lse.dtype) * out).sum(-1)
+    if grad_lse is not None:
+        slope = slope + grad_lse
+    share = (sink.to(lse.dtype)[..., None] - lse).exp()
+    grads = (slope * share).masked_fill(lse == -torch.inf, 0.0).sum(-1)
+    return grads.sum(0, keepdim=True) if sink.shape[0] == 1 else grads
+
+
+def _run(
+    mechanism: Any, kernel: str, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, sink: Any
+) -> tuple[Tensor, Tensor | None]:
+    """A kernel's forward in the dtype of q, with the sink logits."""
+    out, lse = KERNELS[kernel].forward(mechanism, q, k, v, call)
+    return (out, lse) if sink is None or lse is None else _sinking(out, lse, sink)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     mechanism, kernel = intern.resolve(args[-5]), args[-1]
-    call = _rebuild(q, k, v, args)
     with torch.autocast(q.device.type, enabled=False):
-        if call.selection is None:
-            call = mechanism.with_selection(q, k, call)
-        out, lse = KERNELS[kernel].forward(mechanism, q, k, v, call)
+        call = _rebuild(mechanism, q, k, v, args)
+        dtype = _digits(kernel, call, _FEW_PAIRS)
+        out, lse = _run(
+            mechanism,
+            kernel,
+            *(q.to(dtype), k.to(dtype), v.to(dtype)),
+            call.to_dtype(dtype),
+            args[_SINK],
+        )
     if lse is None:
         lse = q.new_empty(_lse_shape(q, kernel), dtype=_wide(q.dtype))
-    return out.contiguous(), lse.contiguous()
+    return out.to(q.dtype).contiguous(), lse.to(_wide(q.dtype)).contiguous()
 
 
 def _lse_shape(q: Tensor, kernel: str) -> tuple[int, ...]:
@@ -115,19 +173,31 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     *args: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     mechanism, kernel = intern.resolve(args[-5]), args[-1]
-    call = _rebuild(q, k, v, args)
+    bias, sink = args[_BIAS], args[_SINK]
     with torch.autocast(q.device.type, enabled=False):
-        if call.selection is None:
-            call = mechanism.with_selection(q, k, call)
+        call = _rebuild(mechanism, q, k, v, args)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        dtype = _digits(kernel, call, _FEW_PAIRS_BACKWARD)
+        inputs = (q, k, v)
+        if dtype != q.dtype:
+            inputs = (q.to(dtype), k.to(dtype), v.to(dtype))
+            grad_out, call = grad_out.to(dtype), call.to_dtype(dtype)
+            out, found = _run(mechanism, kernel, *inputs, call, sink)
+            lse = lse if found is None else found
         dq, dk, dv, dbias = KERNELS[kernel].backward(
-            mechanism, grad_out, grad_lse, q, k, v, out, lse, call
+            mechanism, grad_out, grad_lse, *inputs, out, lse, call
         )
-    grads = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-    dbias = q.new_empty(0) if call.bias is None or dbias is None else dbias.to(call.bias.dtype)
-    return *(g.contiguous() for g in grads), dbias.contiguous()  # type: ignore[return-value]
+        dsink = None
+        if sink is not None:
+            dsink = _sink_gradient(sink, grad_out, grad_lse, out, lse)
+    grads = (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))
+    extra = (
+        q.new_empty(0) if x is None or g is None else g.to(x.dtype)
+        for x, g in ((bias, dbias), (sink, dsink))
+    )
+    return tuple(g.contiguous() for g in (*grads, *extra))
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -144,10 +214,11 @@ def _backward_fake(
     out: Tensor,
     lse: Tensor,
     *args: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bias = args[4]
-    dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+) -> tuple[Tensor, ...]:
+    extra = (
+        q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (args[_BIAS], args[_SINK])
+    )
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), *extra)
 
 
 class _RefuseSecond(torch.autograd.Function):
@@ -163,7 +234,7 @@ class _RefuseSecond(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(
+        raise UnsupportedCallError(
             'attention has no second derivative; impl="reference" is plain differentiable torch'
         )
 
@@ -173,8 +244,8 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = torch.ops.sparseattn.attend.default(q, k, v, *args)
-        ctx.save_for_backward(q, k, v, out, lse, *args[:6])
-        ctx.rest = args[6:]
+        ctx.save_for_backward(q, k, v, out, lse, *args[:_TENSORS])
+        ctx.rest = args[_TENSORS:]
         ctx.set_materialize_grads(False)
         if lse.shape != out.shape[:3]:
             ctx.mark_non_differentiable(lse)
@@ -183,18 +254,24 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
+        bias, sink = tensors[_BIAS], tensors[_SINK]
         if grad_out is None and grad_lse is None:
-            return (None,) * (9 + len(ctx.rest))
+            return (None,) * (3 + _TENSORS + len(ctx.rest))
         with torch.no_grad():
-            dq, dk, dv, dbias = torch.ops.sparseattn.attend_backward.default(
+            grads = torch.ops.sparseattn.attend_backward.default(
                 grad_out, grad_lse, q, k, v, out, lse, *tensors, *ctx.rest
             )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph=True: a second derivative through these must fail, not be left out.
-            sources = (q, k, v, tensors[4], grad_out, grad_lse)
-            dq, dk, dv, dbias = _RefuseSecond.apply(4, dq, dk, dv, dbias, *sources)
-        dbias = None if tensors[4] is None else dbias
-        return (dq, dk, dv, None, None, None, None, dbias, None, *(None for _ in ctx.rest))
+            sources = (q, k, v, bias, sink, grad_out, grad_lse)
+            grads = _RefuseSecond.apply(5, *grads, *sources)
+        dq, dk, dv, dbias, dsink = grads
+        return (
+            *(dq, dk, dv, None, None, None, None),
+            None if bias is None else dbias,
+            None if sink is None else dsink,
+            *(None for _ in range(_TENSORS - _SINK - 1 + len(ctx.rest))),
+        )
 
 
 def _autograd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -203,13 +280,8 @@ def _autograd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tens
             "attention has no forward-mode derivative (jvp, dual numbers); use reverse mode, or "
             'impl="reference", which is plain differentiable torch'
         )
-    bias = args[4]
-    if torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ):
+    differentiable = (q, k, v, args[_BIAS], args[_SINK])
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
         return _Attend.apply(q, k, v, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.sparseattn.attend.default(q, k, v, *args)
@@ -236,7 +308,7 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, 
             folded.append(a)
             continue
         a = a if d is not None else a[None].expand(size, *a.shape)
-        if a.shape[1] != batch:  # a bias shared by the batch
+        if a.shape[1] != batch:  # a bias or sink logits shared by the batch
             a = a.expand(size, batch, *a.shape[2:])
         folded.append(a.reshape(size * batch, *a.shape[2:]))
     out, lse = torch.ops.sparseattn.attend.default(*folded)
@@ -263,8 +335,8 @@ def attend(
     Returns:
         out `[B, Hq, N, Dv]` and lse `[B, Hq, N]` (empty for the linear engine).
     """
-    offset = call.q_offset
-    out, lse = torch.ops.sparseattn.attend.default(
+    offset, sink = call.q_offset, call.sink_logits
+    return torch.ops.sparseattn.attend.default(
         q,
         k,
         v,
@@ -273,6 +345,7 @@ def attend(
         call.kv_segments,
         call.selection,
         call.bias,
+        None if sink is None else sink[None],
         offset if isinstance(offset, Tensor) else None,
         None if isinstance(offset, Tensor) else offset,
         intern.key(mechanism),
@@ -281,12 +354,3 @@ def attend(
         call.softcap,
         kernel,
     )
-    if call.sink_logits is None:
-        return out, lse
-    # softmax with one more logit s: the other weights shrink by sigmoid(lse - s).
-    sink = call.sink_logits.to(lse.dtype)[None, :, None]
-    empty = lse == -torch.inf
-    finite = lse.masked_fill(empty, 0.0)
-    share = torch.sigmoid(finite - sink).masked_fill(empty, 0.0)
-    total = torch.where(empty, sink.expand_as(lse), torch.logaddexp(finite, sink))
-    return (out * share[..., None]).to(out.dtype), total

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import functional, registry
 from ..base import KernelizedLinear, MaskedSoftmax, Mechanism
 from ..call import AttentionCall
-from ..errors import UnsupportedCallError
+from ..errors import InvalidInputError, UnsupportedCallError
 from ..testing.budgets import Budgets, Verdict
 from .measure import Trial, decoy, isolated, peak_bytes
 from .metrics import (
@@ -92,6 +92,8 @@ def admit(entry: Entry, call: AttentionCall) -> None:
             taken = functional.choose(entry.mechanism, call, entry.impl)
         except UnsupportedCallError as error:
             entry.close("unsupported", "; ".join(error.reasons))
+        except InvalidInputError as error:  # it has no implementation of this name
+            entry.close("unsupported", str(error))
         else:
             entry.row["impl"] = taken.name
     if failures:

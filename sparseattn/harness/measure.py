@@ -301,9 +301,9 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
 
     On CUDA: the allocator's high-water mark. On Linux with glibc: the growth of the resident set
     (`VmHWM`), after free memory was given back to the system; it counts whatever touched memory,
-    scratch of C++ kernels too, in pages, and lags by up to a few hundred KiB. Elsewhere: what torch's CPU allocator gave out, from the
-    profiler's events, which does not see memory of other origin. Memory that an implementation
-    keeps from call to call counts in none of them.
+    scratch of C++ kernels too, in pages, and lags by up to a few hundred KiB. Elsewhere: what
+    torch's CPU allocator gave out, from the profiler's events, which does not see memory of other
+    origin. Memory that an implementation keeps from call to call counts in none of them.
     """
     gc.collect()
     if device.type == "cuda":

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import Implementation, Mechanism
+from ..base import Implementation, MaskedSoftmax, Mechanism
 from ..call import AttentionCall
+from ..layout import Grid, Layout
 from ..reference import exact, grouped_apply, logits, masked_softmax
 from ..testing.budgets import largest
 
@@ -73,6 +74,23 @@ class MeanOfValues(Mechanism):
 
 
 _PREFIX_MEAN = _PrefixMean()
+
+
+@dataclass(frozen=True)
+class Full(MaskedSoftmax):
+    """The control that is exact, where no `full` is registered: SPARSEATTN_PLUGINS may leave it
+    out."""
+
+    name = "full"
+    nature = "exact"
+    source = "what every mechanism is compared with"
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        shape = torch.broadcast_shapes(i.shape, j.shape)
+        return torch.ones(shape, dtype=torch.bool, device=i.device)
+
+    def layout(self, grid: Grid) -> Layout:
+        return grid.everything()
 
 
 def finite_or_none(value: float) -> float | None:

@@ -11,12 +11,12 @@ import torch
 
 from .. import functional, registry
 from ..base import Mechanism
-from ..errors import InvalidInputError, SparseAttnError
+from ..errors import InvalidInputError, SparseAttnError, UnknownMechanismError
 from . import manifest as conditions
 from .entry import Entry, admit, admit_backward, blank_row, judge
 from .inputs import Sample, Source, source
 from .measure import Contender, Inputs, Race, Trial, isolated, say
-from .metrics import MeanOfValues, mark_pareto
+from .metrics import Full, MeanOfValues, mark_pareto
 from .setting import Setting
 from .store import SCHEMA, Journal, plain, row_key
 
@@ -93,7 +93,7 @@ def compare(
         raise InvalidInputError(f"runs must be an int of at least 1, got {runs!r:.80}")
     sources = [source(name) for name in inputs]
     settings = list(_settings(sources, lengths, seeds))
-    wanted = _mechanisms(DEFAULT_SPECS if specs is None else specs)
+    wanted = _mechanisms(_registered(DEFAULT_SPECS) if specs is None else specs)
     _check_impl(impl, wanted, device)
     entries = _with_controls(wanted, impl)
     facts = _manifest(
@@ -130,7 +130,7 @@ def bench(
         gradients; null below two lengths.
     """
     result = compare(
-        BENCH_SPECS if specs is None else specs,
+        _registered(BENCH_SPECS) if specs is None else specs,
         inputs=inputs,
         lengths=BENCH_LENGTHS if lengths is None else lengths,
         **options,
@@ -302,6 +302,12 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     return getattr(torch, name)
 
 
+def _registered(specs: Sequence[str]) -> list[str]:
+    """Those whose mechanism this process has: SPARSEATTN_PLUGINS may leave some out."""
+    names = {record.name for record in registry.list_mechanisms()}
+    return [spec for spec in specs if spec.partition("(")[0] in names]
+
+
 def _mechanisms(specs: Sequence[str | Mechanism]) -> list[Mechanism]:
     """The mechanisms in the order given, each once."""
     found: dict[str, Mechanism] = {}
@@ -334,8 +340,15 @@ def _with_controls(mechanisms: Sequence[Mechanism], impl: str) -> list[Entry]:
     """The mechanisms, with `full` before them where it is not asked for, and the mean after."""
     entries = [Entry(mech, impl, mech.name in _CONTROLS) for mech in mechanisms]
     if not any(mech.name == "full" for mech in mechanisms):
-        entries.insert(0, Entry(registry.mechanism("full"), control=True))
+        entries.insert(0, Entry(_exact(), control=True))
     return [*entries, Entry(MeanOfValues(), control=True)]
+
+
+def _exact() -> Mechanism:
+    try:
+        return registry.mechanism("full")
+    except UnknownMechanismError:  # SPARSEATTN_PLUGINS leaves it out
+        return Full()
 
 
 def _settings(

@@ -1,7 +1,7 @@
 """Results as JSON: the fields of a row, the manifest, and a journal that survives being cut off.
 
 A document is `{"manifest": {...}, "rows": [...]}`. While rows are measured they go to a journal,
-`PATH.part`: the manifest on the first line, then one row a line, each synced to disk before the
+`PATH.part`: one row a line, with the manifest it was measured under, each synced to disk before the
 next is begun. The document itself is written whole, under another name, and renamed.
 """
 
@@ -125,18 +125,16 @@ class Journal:
     ) -> None:
         self.path = Path(path)
         self.rows: list[dict[str, Any]] = []
-        manifest = plain(manifest)
+        self._manifest = plain(manifest)
         keep = 0
         if resume and self.path.exists():
-            keep = self._read(manifest)
+            keep = self._read()
         self._file = open(self.path, "r+b" if keep else "wb")  # noqa: SIM115  (closed by close)
         # A row that was cut off in the middle is measured again.
         self._file.truncate(keep)
         self._file.seek(keep)
-        if not keep:
-            self._line({"manifest": manifest})
 
-    def _read(self, manifest: Mapping[str, Any]) -> int:
+    def _read(self) -> int:
         """Take over the complete lines; returns how many bytes they are."""
         kept = 0
         data = self.path.read_bytes()
@@ -152,20 +150,23 @@ class Journal:
                         "to begin anew"
                     ) from error
                 break
-            if number == 0:
-                self._compare(record, manifest)
-            else:
-                self._take(record, number + 1)
+            self._take(record, number + 1)
             kept += len(line)
         return kept
 
-    def _compare(self, record: Any, manifest: Mapping[str, Any]) -> None:
-        before = record.get("manifest") if isinstance(record, dict) else None
-        if not isinstance(before, dict):
+    def _take(self, record: Any, number: int) -> None:
+        before = record.pop("manifest", None) if isinstance(record, dict) else None
+        if not isinstance(before, dict) or not set(record) >= set(ROW_FIELDS):
             raise InvalidInputError(
-                f"{self.path} is no journal: its first line has no manifest; remove the file to "
-                "begin anew"
+                f"line {number} of the journal {self.path} is no row of a comparison with its "
+                "manifest; remove the file to begin anew"
             )
+        self._check(before)
+        self.rows.append(record)
+
+    def _check(self, before: Mapping[str, Any]) -> None:
+        """Refuse a row that was measured under other conditions than this session's."""
+        manifest = self._manifest
         names = [*before, *(name for name in manifest if name not in before)]
         other = [
             f"{name} (was {_short(before.get(name))}, is {_short(manifest.get(name))})"
@@ -180,20 +181,9 @@ class Journal:
                 other,
             )
 
-    def _take(self, record: Any, number: int) -> None:
-        if not isinstance(record, dict) or not set(record) >= set(ROW_FIELDS):
-            raise InvalidInputError(
-                f"line {number} of the journal {self.path} is no row of a comparison; remove the "
-                "file to begin anew"
-            )
-        self.rows.append(record)
-
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; it is on disk when this returns."""
-        self._line(row)
-
-    def _line(self, record: Mapping[str, Any]) -> None:
-        text = json.dumps(plain(record), allow_nan=False)
+        text = json.dumps(plain({**row, "manifest": self._manifest}), allow_nan=False)
         self._file.write(text.encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -151,35 +151,36 @@ class TorchKernel:
         lse: Tensor,
         call: AttentionCall,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        acc = wide(q.dtype)
         if call.value_dim == 0:
             grad_out, v, out = (x.new_zeros(*x.shape[:3], 1) for x in (grad_out, v, out))
             grads = self.backward(
                 mechanism, grad_out, grad_lse, q, k, v, out, lse, call.replace(value_dim=1)
             )
             return grads[0], grads[1], grads[2][..., :0], grads[3]
+        acc = wide(q.dtype)
         dq, dk, dv = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
         dbias = None
         if call.bias is not None:
             dbias = torch.zeros(call.bias.shape, dtype=acc, device=q.device)
         for run in cut(call) if call.q_heads else []:
             rows, keys = (run.batch, slice(None), run.queries), (run.batch, slice(None), run.keys)
-            part = (None if x is None else x[rows] for x in (grad_out, grad_lse, q))
-            grads = self._run_backward(
+            parts = self._run_backward(
                 mechanism,
-                *part,
+                grad_out[rows],
+                None if grad_lse is None else grad_lse[rows],
+                q[rows],
                 k[keys],
                 v[keys],
                 out[rows],
                 lse[rows],
                 run,
                 call,
-                dbias,  # type: ignore[arg-type]
+                dbias,
             )
             for total, index, grad in (
-                (dq, rows, grads[0]),
-                (dk, keys, grads[1]),
-                (dv, keys, grads[2]),
+                (dq, rows, parts[0]),
+                (dk, keys, parts[1]),
+                (dv, keys, parts[2]),
             ):
                 total[index] = grad.reshape(total[index].shape)
         return dq, dk, dv, dbias

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...call import AttentionCall, is_readable
+from ...arguments import is_readable
+from ...call import AttentionCall
 from ...errors import PluginError, UnsupportedCallError
 from ...runs import Run, cut, trim_future
 
