@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import InvalidInputError
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_OFFSET = 2**40  # of a query from the first key, so that products of positions fit int64
 _INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -164,14 +165,23 @@ def check_q_offset(offset: object, batch: int, device: torch.device) -> int | Te
             )
         if offset.device != device:
             raise InvalidInputError(f"q_offset is on {offset.device} but q is on {device}")
+        if batch and offset.device.type == "cpu" and is_readable(offset):
+            _check_far(offset.min().item(), offset.max().item())
         return offset
     if isinstance(offset, bool) or not isinstance(offset, numbers.Integral):
         raise InvalidInputError(
             f"q_offset must be an int or an int tensor [B], got {describe(offset)}"
         )
-    if abs(int(offset)) >= 2**62:
-        raise InvalidInputError(f"q_offset must fit a position below 2**62, got {offset}")
+    _check_far(int(offset))
     return int(offset)
+
+
+def _check_far(*offsets: float) -> None:
+    for offset in offsets:
+        if abs(offset) > MAX_OFFSET:
+            raise InvalidInputError(
+                f"q_offset must lie within 2**40 positions of the first key, got {offset}"
+            )
 
 
 def check_float_tensor(name: str, value: object, device: torch.device) -> None:

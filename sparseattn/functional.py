@@ -57,7 +57,7 @@ def _resolve(mechanism: str | Mechanism, options: dict[str, Any]) -> Mechanism:
     return registry.mechanism(mechanism, **options)
 
 
-@torch.compiler.assume_constant_result
+@intern.constant
 def _named(mechanism: str | Mechanism, /, **options: Any) -> str:
     # Parsing and the registry's lock are not for tracing: the same name means the same constant.
     return intern.key(registry.mechanism(mechanism, **options))

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .arguments import MAX_OFFSET
 from .block_layout import MAX_TOKENS, BlockLayout, position_tensors
 from .clauses import (
     Band,
@@ -47,7 +48,7 @@ from .lowering import BlockCSR, Frame, count_pairs, lower_terms
 
 __all__ = ["BlockCSR", "BlockLayout", "Grid", "Layout"]
 
-FAR = 2**40  # positions stay below this, so every larger number means the same
+FAR = 2**42  # distances stay below this, so every larger number means the same
 
 # Clauses that cut rectangles exactly come first, so that the others see the smaller rectangle.
 _ORDER = (FirstKeys, FirstQueries, Chunks, CellClause, KeyBlocks, Band, Step, Pattern)
@@ -83,9 +84,9 @@ class Grid:
         for name, value, most in (
             ("n", n, MAX_TOKENS),
             ("m", m, MAX_TOKENS),
-            ("offset", abs(offset), FAR),
+            ("offset", offset, MAX_OFFSET),
         ):
-            if value > most:
+            if abs(value) > most:
                 refuse(name, value, f"at most {most}", "cut the run into pieces")
         if not isinstance(self.causal, (bool, np.bool_)):
             refuse("causal", self.causal, "True or False", "say causal=True for j <= i")

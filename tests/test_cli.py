@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import sparseattn as sa
 from sparseattn.cli import app, output, picture
+from sparseattn.harness import store
 
 ESCAPE = "\x1b"
 
@@ -359,7 +360,7 @@ def test_a_terminal_that_has_ascii_only():
 
 def test_plain_has_no_nan_and_no_objects():
     layout = sa.BlockLayout([0, 1], [0], 16)
-    value = output.plain({"a": (1, math.nan, -math.inf), "b": layout, 3: {"c": None}})
+    value = store.plain({"a": (1, math.nan, -math.inf), "b": layout, 3: {"c": None}})
     assert value == {"a": [1, None, None], "b": f"<{layout.digest}>", "3": {"c": None}}
 
 

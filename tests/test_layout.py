@@ -573,3 +573,11 @@ def test_numbers_far_beyond_any_length_are_legal() -> None:
     assert (grid.step(huge).mask() == torch.eye(9, dtype=torch.bool)).all()
     assert grid.step(huge).lower(4, 4).nnz == 3
     assert grid.key_blocks(3, huge).lower(4, 4).nnz == 3
+
+
+@pytest.mark.parametrize("offset", [2**40, -(2**40)])
+def test_positions_as_far_as_allowed(offset):
+    diagonal = Grid(4, 9, True, offset).band(offset, -offset).mask()
+    assert torch.equal(diagonal, torch.ones(4, 9, dtype=torch.bool).tril().triu() & (offset > 0))
+    with pytest.raises(InvalidInputError, match=f"offset: got {2 * offset}"):
+        Grid(4, 9, True, 2 * offset)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..harness import store
 from . import output
 from .output import JsonPath, say, table
 
@@ -24,7 +25,7 @@ def _options(record: MechanismRecord) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "type": option.type,
-            "default": output.plain(option.default),
+            "default": store.plain(option.default),
             "required": option.required,
         }
         for name, option in record.options.items()

@@ -6,11 +6,7 @@ Nothing here imports torch, and rich only when there is a terminal to draw on.
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -20,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InvalidInputError
+from ..harness import store
 
 STDOUT = "-"
 JsonPath = Annotated[
@@ -35,20 +32,6 @@ def printable(text: object) -> str:
     return "".join(
         c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in str(text)
     )
-
-
-def plain(value: Any) -> Any:
-    """`value` in what JSON has: no NaN, tuples as lists, and objects by their digest or repr."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item) for item in value]
-    digest = getattr(value, "digest", None)
-    return f"<{digest}>" if isinstance(digest, str) else repr(value)
 
 
 def check_json(path: str | None) -> None:
@@ -70,25 +53,10 @@ def write_json(path: str | None, value: Any) -> None:
     """Write `value` whole: to standard output for `-`, else to a file by rename."""
     if path is None:
         return
-    text = json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
     if path == STDOUT:
-        sys.stdout.write(text)
-        return
-    target = Path(path).absolute()
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes a file for its owner alone; a result is as readable as any other file.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        sys.stdout.write(store.text(value))
+    else:
+        store.write(path, value)
 
 
 def is_terminal(stream: Any) -> bool:

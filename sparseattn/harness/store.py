@@ -73,7 +73,8 @@ def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def plain(value: Any) -> Any:
-    """`value` in what JSON has: NaN and infinities are null, tuples lists, all else its `repr`."""
+    """`value` in what JSON has: NaN and infinities are null, tuples lists, all else its digest or
+    its `repr`."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int):
@@ -84,17 +85,23 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(item) for item in value]
-    return repr(value)
+    digest = getattr(value, "digest", None)
+    return f"<{digest}>" if isinstance(digest, str) else repr(value)
+
+
+def text(document: Any) -> str:
+    """A document as JSON."""
+    return json.dumps(plain(document), indent=2, allow_nan=False) + "\n"
 
 
 def write(path: str | os.PathLike[str], document: Any) -> None:
     """Write a document whole: to a file beside `path` that is synced and then renamed to it."""
     target = Path(path).absolute()
-    text = json.dumps(plain(document), indent=2, allow_nan=False) + "\n"
+    written = text(document)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(written)
             file.flush()
             os.fsync(file.fileno())
         mask = os.umask(0)
@@ -183,8 +190,8 @@ class Journal:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; it is on disk when this returns."""
-        text = json.dumps(plain({**row, "manifest": self._manifest}), allow_nan=False)
-        self._file.write(text.encode() + b"\n")
+        line = json.dumps(plain({**row, "manifest": self._manifest}), allow_nan=False)
+        self._file.write(line.encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 

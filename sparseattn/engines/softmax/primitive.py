@@ -35,6 +35,11 @@ def _pad_width(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Queries and a positive scale with the same logits as `scale <= 0` (NaN stays NaN)."""
+    return (q * 0.0, 1.0) if scale == 0 else (-q, -scale)
+
+
 def flash_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -48,6 +53,9 @@ def flash_forward(
     Returns:
         out `[Z, H, R, Dv]` in q's dtype and lse `[Z, H, R]`, wide; 0 and -inf in empty rows.
     """
+    if scale <= 0:
+        # The kernel scales after it masked: -inf * 0 is NaN, and -inf * -1 the greatest logit.
+        q, scale = _positive(q, scale)
     value_dim = v.shape[-1]
     width = max(q.shape[-1], value_dim)
     qp, kp, vp = (_unit_stride(_pad_width(x, width)) for x in (q, k, v))
@@ -91,6 +99,10 @@ def flash_backward(
     causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v of one rectangle, given the total out and lse of its rows."""
+    if scale <= 0:
+        turned, one = _positive(q, scale)
+        dq, dk, dv = flash_backward(grad_out, grad_lse, turned, k, v, out, lse, one, mask, causal)
+        return _positive(dq, scale)[0], dk, dv
     value_dim = v.shape[-1]
     lse = lse.masked_fill(lse == -torch.inf, 0.0)  # exp(-inf - 0) = 0, and -inf - -inf is NaN
     if grad_lse is not None:
