@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from planted_implementations import Everything, Near, plant, right
 from torch import Tensor
@@ -20,26 +22,6 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor, None
-
-
-class _Opaque(torch.autograd.Function):
-    """Its gradient is right, and constant: what a second derivative or a tangent would miss."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad.detach()
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor) -> Tensor:
-        return torch.zeros_like(tangent)
 
 
 @plant(GRADIENTS)
@@ -93,18 +75,6 @@ def other_numbers_when_training(m, q, k, v, call):
     return out * (1.001 if call.needs_grad else 1.0), lse
 
 
-@plant("second_derivatives_are_right_or_refused")
-def second_derivatives_missing(m, q, k, v, call):
-    out, lse = right(m, q, k, v, call)
-    return _Opaque.apply(out), lse
-
-
-@plant("forward_mode_is_right_or_refused")
-def tangents_of_zero(m, q, k, v, call):
-    out, lse = right(m, q, k, v, call)
-    return _Opaque.apply(out), lse
-
-
 @plant("long_half_rows_are_summed_wide")
 def summed_in_the_half_type(m, q, k, v, call):
     weights, lse = m.definition(q.float(), k.float(), call.to_dtype(torch.float32))
@@ -127,6 +97,12 @@ def every_second_call_differs(m, q, k, v, call, calls=[0]):  # noqa: B006
     calls[0] += 1
     out, lse = right(m, q, k, v, call)
     return out * (1 + 1e-6 * (calls[0] % 2)), lse
+
+
+@plant("the_same_call_gives_the_same_bits")
+def every_second_gradient_differs(m, q, k, v, call, calls=[0]):  # noqa: B006
+    calls[0] += 1
+    return right(m, _ScaleGradient.apply(q, 1 + 1e-6 * (calls[0] % 2)), k, v, call)
 
 
 @plant("the_output_answers")
@@ -175,6 +151,53 @@ def output_lies_in_an_input(m, q, k, v, call):
 def seeds_the_process(m, q, k, v, call):
     torch.manual_seed(0)
     return right(m, q, k, v, call)
+
+
+@plant("global_state_is_left_alone")
+def draws_from_python(m, q, k, v, call):
+    random.random()
+    return right(m, q, k, v, call)
+
+
+@plant("global_state_is_left_alone")
+def switches_the_default_dtype(m, q, k, v, call):
+    torch.set_default_dtype(torch.float64)
+    return right(m, q, k, v, call)
+
+
+@plant("global_state_is_left_alone")
+def prints_its_shape(m, q, k, v, call):
+    print(tuple(q.shape))
+    return right(m, q, k, v, call)
+
+
+class _PoisonedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, other: Tensor) -> Tensor:
+        ctx.save_for_backward(other)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad + 0 * ctx.saved_tensors[0].sum(), None
+
+
+@plant("unseen_keys_are_inert")
+def nan_of_unseen_values_in_gradients(m, q, k, v, call):
+    return right(m, _PoisonedGradient.apply(q, v.detach()), k, v, call)
+
+
+@plant("empty_rows_are_zero")
+def blind_queries_have_gradients(m, q, k, v, call):
+    out, lse = right(m, q, k, v, call)
+    small = q.nan_to_num(0.0).sum(-1, keepdim=True) * 0.1
+    return out + (small - small.detach()), lse
+
+
+@plant("empty_sizes_are_legal")
+def without_keys_the_sink_is_forgotten(m, q, k, v, call):
+    out, lse = right(m, q, k, v, call)
+    return out, lse if call.m else torch.full_like(lse, -torch.inf)
 
 
 @plant("vmap_is_the_batch")

@@ -72,7 +72,7 @@ class Chunks(Everything):
 PLANTED: list[tuple[str, str, sa.Mechanism]] = []
 
 
-def plant(law: str, base: type[Everything] = Everything) -> Callable[[Run], Run]:
+def plant(law: str, base: Callable[..., Everything] = Everything) -> Callable[[Run], Run]:
     """Put a wrong way to run `base` beside the law that catches it."""
 
     def add(run: Run) -> Run:
@@ -188,6 +188,12 @@ def positions_count_the_padding(m, q, k, v, call):
 def strides_assumed(m, q, k, v, call):
     contiguous = torch.empty(q.shape).stride()
     return right(m, q.as_strided(q.shape, contiguous) if q.stride(0) else q * 2, k, v, call)
+
+
+@plant("strides_do_not_matter")
+def columns_assumed_dense(m, q, k, v, call):
+    dense = q if q.stride(-1) == 1 or not q.numel() else q.flatten().reshape(q.shape).flip(-1)
+    return right(m, dense, k, v, call)
 
 
 def _other_head(m, q, k, v, call):

@@ -63,7 +63,15 @@ class Blocks(sa.MaskedSoftmax):
         scores = q @ means.transpose(-1, -2)
         own = (torch.arange(call.n) + call.offset)[:, None] // self.block
         at = torch.arange(scores.shape[-1])
-        return scores.masked_fill(at == own, torch.inf).masked_fill(at > own, -torch.inf)
+        scores = scores.masked_fill(at == own, torch.inf).masked_fill(at > own, -torch.inf)
+        return scores.masked_fill(self.masked(call)[:, None, None], -torch.inf)
+
+    def masked(self, call: sa.AttentionCall) -> Tensor:
+        """Blocks of masked keys alone: bool `[B or 1, blocks]`."""
+        if call.key_mask is None:
+            return torch.zeros(1, -(-call.m // self.block), dtype=torch.bool)
+        padded = torch.nn.functional.pad(call.key_mask, (0, -call.m % self.block))
+        return ~padded.unflatten(1, (-1, self.block)).any(2)
 
     def select(self, q: Tensor, k: Tensor, call: sa.AttentionCall) -> Tensor:
         scores = self.scores(q, k, call)
@@ -79,6 +87,24 @@ class RefusesAll(Dense):
 
     def supports(self, call: sa.AttentionCall) -> list[str]:
         return ["not today"]
+
+
+@plant("serves_the_basic_call")
+@dataclass(frozen=True)
+class EndsTheProcess(Dense):
+    name = "ends_the_process"
+
+    def implementations(self) -> tuple[sa.Implementation, ...]:
+        raise SystemExit(3)
+
+
+@plant("compiling_changes_nothing")
+@dataclass(frozen=True)
+class ReferenceReadsTheHost(Dense):
+    name = "reference_reads_the_host"
+
+    def weights(self, q: Tensor, k: Tensor, call: sa.AttentionCall) -> Tensor:
+        return super().weights(q if float(q.detach().abs().sum()) else q + 1, k, call)
 
 
 @plant("the_map_stays_within_the_masks")
@@ -288,6 +314,45 @@ class ChoosesTheFuture(Blocks):
         blocks = -(-call.m // self.block)
         every = torch.arange(blocks, dtype=torch.int32)
         return every.expand(*q.shape[:3], blocks).contiguous()
+
+
+@plant("hidden_blocks_are_not_selected")
+@dataclass(frozen=True)
+class ForgetsTheHoles(Blocks):
+    name = "forgets_the_holes"
+
+    def masked(self, call: sa.AttentionCall) -> Tensor:
+        return torch.zeros(1, -(-call.m // self.block), dtype=torch.bool)
+
+
+@plant("ties_go_to_the_lowest_index")
+@dataclass(frozen=True)
+class TiesGoToTheHighest(Blocks):
+    name = "ties_go_to_the_highest"
+
+    def select(self, q: Tensor, k: Tensor, call: sa.AttentionCall) -> Tensor:
+        scores = self.scores(q, k, call).flip(-1)
+        order = scores.sort(stable=True, dim=-1, descending=True)
+        ids = (scores.shape[-1] - 1 - order.indices).masked_fill(order.values == -torch.inf, -1)
+        return ids[..., : self.top].to(torch.int32)
+
+
+@plant("ties_go_to_the_lowest_index")
+@dataclass(frozen=True)
+class TiesGoBothWays(Blocks):
+    """The best block by the lowest index, the others by the highest."""
+
+    name = "ties_go_both_ways"
+    top: int = 4
+
+    def select(self, q: Tensor, k: Tensor, call: sa.AttentionCall) -> Tensor:
+        return torch.cat(
+            [
+                Blocks(top=2).select(q, k, call),
+                TiesGoToTheHighest(top=3).select(q, k, call)[..., 2:],
+            ],
+            -1,
+        )
 
 
 @plant("selections_see_no_future")

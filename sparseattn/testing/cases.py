@@ -20,13 +20,16 @@ class Case:
         n, m: queries and keys; m None is n.
         batch, heads, kv_heads, d, dv: the other sizes; kv_heads None is heads, dv None is d.
         dtype: a name of `torch`, such as `float32`.
-        softcap, scale: as in `attention`. sink, bias: whether the call has them.
+        softcap, scale: as in `attention`. sink: whether the call has sink logits.
+        bias: the axes over which `bias` is not broadcast: `hnm` is [1, Hq, N, M]; "" is no bias.
         mask: what `key_mask` hides: `left` or `right` padding, `holes`, all of one row (`nothing`),
-            the last keys (`tail`), or no mask at all.
+            the last keys (`tail`), a long run `within`, or no mask at all.
         documents: (queries, keys) of each packed document.
-        offset: `q_offset`; "tensor" is a different one for each row.
-        strides: `contiguous`, `transposed` heads and lengths, or `expanded` over the batch.
-        spread: standard deviation of q and k.
+        offset: `q_offset`; "tensor" is a different one for each row, "apart" before the first key,
+            within and past the last.
+        strides: `contiguous`, `transposed` heads and lengths, `expanded` over the batch, `spread`
+            out to every second number of every second row, or `columns` first.
+        spread: standard deviation of q and k. loud: factor of v.
     """
 
     n: int
@@ -41,12 +44,13 @@ class Case:
     scale: float | None = None
     softcap: float | None = None
     sink: bool = False
-    bias: bool = False
+    bias: str = ""
     mask: str = ""
     documents: tuple[tuple[int, int], ...] = ()
     offset: int | str | None = None
     strides: str = "contiguous"
     spread: float = 1.0
+    loud: float = 1.0
     seed: int = 0
 
     @property
@@ -69,13 +73,13 @@ class Case:
             "causal" if self.causal else "not causal",
         ]
         shown = ("scale", "softcap", "sink", "bias", "mask", "documents", "offset")
-        words += [
-            f"{w}={getattr(self, w)}"
-            for w in shown
-            if getattr(self, w) not in (None, False, "", ())
-        ]
+        for word in shown:
+            value = getattr(self, word)
+            if not (value is None or value is False or value in ("", ())):
+                words.append(f"{word}={value}")
         words += [f"strides={self.strides}"] if self.strides != "contiguous" else []
         words += [f"spread={self.spread:g}"] if self.spread != 1 else []
+        words += [f"loud={self.loud:g}"] if self.loud != 1 else []
         return ", ".join([*words, f"seed={self.seed}"])
 
     def generator(self) -> torch.Generator:
@@ -89,19 +93,9 @@ class Case:
         kv = self.heads if self.kv_heads is None else self.kv_heads
         dv = self.d if self.dv is None else self.dv
 
-        def normal(*shape: int, spread: float = 1.0) -> Tensor:
-            if self.strides == "expanded":
-                one = torch.randn(1, *shape[1:], generator=g, dtype=torch.float64) * spread
-                return one.to(dtype).expand(shape)
-            if self.strides == "transposed" and len(shape) == 4:
-                b, h, n, d = shape
-                made = torch.randn(b, n, h, d, generator=g, dtype=torch.float64) * spread
-                return made.to(dtype).transpose(1, 2)
-            return (torch.randn(shape, generator=g, dtype=torch.float64) * spread).to(dtype)
-
-        q = normal(self.batch, self.heads, self.n, self.d, spread=self.spread)
-        k = normal(self.batch, kv, self.keys, self.d, spread=self.spread)
-        v = normal(self.batch, kv, self.keys, dv)
+        q = self._laid_out((self.batch, self.heads, self.n, self.d), self.spread, g)
+        k = self._laid_out((self.batch, kv, self.keys, self.d), self.spread, g)
+        v = self._laid_out((self.batch, kv, self.keys, dv), self.loud, g)
         kw: dict[str, Any] = {"causal": self.causal}
         if self.scale is not None:
             kw["scale"] = self.scale
@@ -110,7 +104,8 @@ class Case:
         if self.sink:
             kw["sink_logits"] = torch.randn(self.heads, generator=g, dtype=torch.float64).to(dtype)
         if self.bias:
-            shape = (1, self.heads, self.n, self.keys)
+            sizes = {"b": self.batch, "h": self.heads, "n": self.n, "m": self.keys}
+            shape = tuple(size if axis in self.bias else 1 for axis, size in sizes.items())
             kw["bias"] = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
         if self.mask:
             kw["key_mask"] = self._key_mask(g)
@@ -118,9 +113,30 @@ class Case:
             kw |= self._segments()
         if self.offset == "tensor":
             kw["q_offset"] = self.keys - self.n - torch.arange(self.batch)
+        elif self.offset == "apart":
+            starts = torch.tensor([-self.n - 2, self.keys // 2, self.keys + 2])
+            kw["q_offset"] = starts[torch.arange(self.batch) % 3]
         elif self.offset is not None:
             kw["q_offset"] = self.offset
         return Inputs(q, k, v, kw)
+
+    def _laid_out(self, shape: tuple[int, ...], spread: float, g: torch.Generator) -> Tensor:
+        """Random numbers of a shape `[B, H, n, d]`, in memory as `strides` says."""
+        dtype = getattr(torch, self.dtype)
+        b, h, n, d = shape
+
+        def made(*sizes: int) -> Tensor:
+            return (torch.randn(sizes, generator=g, dtype=torch.float64) * spread).to(dtype)
+
+        if self.strides == "expanded":
+            return made(1, h, n, d).expand(shape)
+        if self.strides == "transposed":
+            return made(b, n, h, d).transpose(1, 2)
+        if self.strides == "columns":
+            return made(b, h, d, n).transpose(2, 3)
+        if self.strides == "spread":
+            return made(b, h, 2 * n + 1, 2 * d)[:, :, 1::2, ::2]
+        return made(*shape)
 
     def _key_mask(self, g: torch.Generator) -> Tensor:
         mask = torch.ones(self.batch, self.keys, dtype=torch.bool)
@@ -134,6 +150,9 @@ class Case:
             return at < self.keys - count
         if self.mask == "tail":
             return (at < self.keys - max(1, self.keys // 4)).expand_as(mask).clone()
+        if self.mask == "within":
+            first = self.keys // 3 + rows
+            return (at < first) | (at >= first + self.keys // 2)
         if self.mask == "nothing":
             mask[0] = False
             return mask

@@ -23,7 +23,10 @@ def _serves(mechanism: Mechanism) -> bool:
     keys = torch.empty(1, 2, 1, 4).expand(1, 2, _LONGEST, 4)
     try:
         return not mechanism.refusals(AttentionCall.make(x, keys, keys, causal=True))
-    except Exception:  # a stranger's supports() may raise anything: the laws will report it
+    except (
+        Exception,
+        SystemExit,
+    ):  # a stranger's supports() may raise anything: the laws will report it
         return False
 
 
@@ -50,11 +53,21 @@ def default(name: str) -> Mechanism:
     Raises:
         UnknownMechanismError, UnknownOptionError: no such name, or an option with no guess.
     """
-    cls = registry.lookup(name)
+    return default_of(registry.lookup(name))
+
+
+def default_of(cls: type[Mechanism]) -> Mechanism:
+    """`default`, of a class, registered or not.
+
+    Raises:
+        UnknownOptionError: an option that has no default and no guess.
+    """
+    if not dataclasses.is_dataclass(cls):
+        return cls()
     types = specs.option_types(cls)
     required = {
         f.name: _required(types[f.name])
-        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+        for f in dataclasses.fields(cls)
         if f.default is f.default_factory is dataclasses.MISSING
     }
     return specs.build(cls, {w: value for w, value in required.items() if value is not None})
@@ -65,6 +78,8 @@ def small(mechanism: Mechanism) -> Mechanism:
 
     A window of 256 is all there is in a case of 65 tokens; a window of 5 is not.
     """
+    if not dataclasses.is_dataclass(mechanism):
+        return mechanism
     for at, field in enumerate(dataclasses.fields(mechanism)):  # type: ignore[arg-type]
         value = getattr(mechanism, field.name)
         if isinstance(value, bool) or not isinstance(value, int):

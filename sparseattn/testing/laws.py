@@ -20,6 +20,8 @@ from ..functional import attention
 from .budgets import Budgets, Verdict, distance
 from .cases import Case, Inputs
 
+LONGEST_MESSAGE = 600
+
 
 class Broken(Exception):
     """A law does not hold; the text says how."""
@@ -27,6 +29,14 @@ class Broken(Exception):
 
 class Refused(Exception):
     """The mechanism or implementation says, in words, that it does not serve a call."""
+
+
+class Unavailable(Exception):
+    """What the law needs is not on this machine, such as a device."""
+
+
+# A stranger's code may end the process as well as fail; neither may end the checks.
+RAISED = (Exception, SystemExit)
 
 
 @dataclass(frozen=True)
@@ -76,9 +86,10 @@ def law(
 
 @dataclass
 class Memo:
-    """Definitions in float64, shared by all implementations of one mechanism."""
+    """What all implementations of one mechanism share: definitions in float64, known refusals."""
 
     budgets: dict[tuple[Any, ...], Budgets] = dataclasses.field(default_factory=dict)
+    confirmed: set[tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=set)
 
 
 class Subject:
@@ -108,8 +119,32 @@ class Subject:
         if reasons:
             if not all(isinstance(reason, str) and reason for reason in reasons):
                 raise Broken(f"a refusal must give its reasons in words, got {reasons!r:.200}")
+            self._confirm(x, needs_lse, tuple(reasons))
             raise Refused("; ".join(reasons))
         return call
+
+    def _confirm(self, x: Inputs, needs_lse: bool, reasons: tuple[str, ...]) -> None:
+        """That the public call refuses, too, as `UnsupportedCallError` with every reason."""
+        key = (self.name, reasons)
+        if key in self.memo.confirmed:
+            return
+        kw = x.kw | ({"return_lse": True} if needs_lse else {})
+        try:
+            attention(x.q, x.k, x.v, self.mechanism, impl=self.name, **kw)
+        except UnsupportedCallError as error:
+            if len(str(error)) >= LONGEST_MESSAGE or list(error.reasons) != list(reasons):
+                raise Broken(
+                    f"a refusal of {len(str(error))} characters gives the reasons {error.reasons}, "
+                    f"expected {list(reasons)!r:.200} in less than {LONGEST_MESSAGE}"
+                ) from error
+        else:
+            raise Broken(f"a call is served although it is refused: {'; '.join(reasons):.200}")
+        self.memo.confirmed.add(key)
+
+    @property
+    def name(self) -> str:
+        """The name of the implementation; the definition's is `reference`."""
+        return "reference" if self.impl is None else self.impl.name
 
     def both(self, x: Inputs) -> tuple[Tensor, Tensor | None]:
         """The output, and lse where the mechanism has one."""
@@ -124,9 +159,8 @@ class Subject:
         return self._run(x)
 
     def _run(self, x: Inputs, **kw: Any) -> Any:
-        name = "reference" if self.impl is None else self.impl.name
         try:
-            return attention(x.q, x.k, x.v, self.mechanism, impl=name, **x.kw, **kw)
+            return attention(x.q, x.k, x.v, self.mechanism, impl=self.name, **x.kw, **kw)
         except UnsupportedCallError as error:
             raise Broken(f"supports() found no reason against the call, but: {error}") from error
 
@@ -232,6 +266,20 @@ def softmax_nature(mechanism: Mechanism) -> str:
     """Softmax over some of the keys."""
     fits = mechanism.nature in ("exact", "masked_softmax")
     return "" if fits else f"its nature is {mechanism.nature}"
+
+
+def honours(word: str) -> Callable[[Mechanism], str]:
+    """The definition uses an argument: a function for `binds`."""
+
+    def binds(mechanism: Mechanism) -> str:
+        return "" if word in mechanism.honours else f"its definition has no {word}"
+
+    return binds
+
+
+def takes(word: str) -> Callable[[Mechanism], str]:
+    """Gradients exist, and the definition uses an argument."""
+    return lambda mechanism: takes_gradients(mechanism) or honours(word)(mechanism)
 
 
 def has_lse(mechanism: Mechanism) -> str:

@@ -26,7 +26,7 @@ LADDER = (
     Case(9, 10, documents=_UNEQUAL, batch=2, seed=9),
     Case(9, causal=True, softcap=1.5, seed=10),
     Case(9, causal=True, sink=True, heads=4, kv_heads=1, seed=11),
-    Case(9, 11, bias=True, seed=12),
+    Case(9, 11, bias="hnm", seed=12),
     Case(10, 16, batch=2, offset=3, causal=True, seed=13),
     Case(10, 16, batch=2, offset=-4, causal=True, seed=14),
     Case(10, 16, batch=2, offset="tensor", causal=True, seed=15),
@@ -52,6 +52,8 @@ _STRIDED = (
     Case(9, batch=2, strides="expanded", causal=True, seed=2),
     Case(65, batch=2, heads=4, kv_heads=2, causal=True, strides="transposed", seed=3),
     Case(33, batch=2, dtype="float64", causal=True, strides="expanded", seed=4),
+    Case(9, 12, batch=2, strides="columns", heads=4, kv_heads=2, seed=5),
+    Case(17, batch=2, strides="spread", causal=True, mask="left", seed=6),
 )
 _LSE = tuple(case for case in LADDER if case.dtype == "float32" or case.n < 100)
 _GRADS = (
@@ -62,6 +64,7 @@ _GRADS = (
 
 @law("The output is the definition's, within the budget of its dtype.", LADDER)
 def forward_is_the_definition(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     x = case.inputs()
     out = subject.out(x)
     hold(subject.budgets(case, x).out(out), "out against the definition in float64")
@@ -69,6 +72,7 @@ def forward_is_the_definition(subject: Subject, case: Case) -> None:
 
 @law("Strided, expanded and transposed inputs are served as their copies are.", _STRIDED)
 def strides_do_not_matter(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     x = case.inputs()
     out = subject.out(x)
     hold(subject.budgets(case, x).out(out), "out against the definition in float64")
@@ -80,6 +84,7 @@ def strides_do_not_matter(subject: Subject, case: Case) -> None:
 
 @law("lse is the log of the sum of the exponentials, sink included.", _LSE, has_lse)
 def lse_is_the_definition(subject: Subject, case: Case) -> None:
+    """Binds what has a log normaliser."""
     x = case.inputs()
     out, lse = subject.both(x)
     assert lse is not None
@@ -93,7 +98,7 @@ def lse_is_the_definition(subject: Subject, case: Case) -> None:
 
 def _judge_gradients(subject: Subject, case: Case, grads: dict[str, torch.Tensor]) -> None:
     x = case.inputs()
-    verdicts = subject.budgets(case, x, grads=True).grads(list(grads.values()))
+    verdicts = subject.budgets(case, x, grads=True).grads(list(grads.values()), nearby=True)
     for word, verdict in zip(grads, verdicts, strict=True):
         hold(verdict, f"gradient of {word} against that of the definition in float64")
 
@@ -104,6 +109,7 @@ def _judge_gradients(subject: Subject, case: Case, grads: dict[str, torch.Tensor
     takes_gradients,
 )
 def gradients_are_the_definition(subject: Subject, case: Case) -> None:
+    """Binds what has gradients."""
     x = case.inputs()
     seeds = subject.seeds(case, x)
     out, _, grads = subject.with_grads(x, seeds)
@@ -117,6 +123,7 @@ def gradients_are_the_definition(subject: Subject, case: Case) -> None:
     takes_gradients,
 )
 def each_gradient_stands_alone(subject: Subject, case: Case) -> None:
+    """Binds what has gradients."""
     x = case.inputs()
     subject.require(x)
     grad, _ = subject.seeds(case, x)
@@ -128,7 +135,7 @@ def each_gradient_stands_alone(subject: Subject, case: Case) -> None:
         if not out.requires_grad:
             raise Broken(f"only {word} requires a gradient, and the output has none")
         (grads[word],) = torch.autograd.grad(out, leaf, grad)
-    for word, verdict in zip(grads, budgets.grads(list(grads.values())), strict=True):
+    for word, verdict in zip(grads, budgets.grads(list(grads.values()), nearby=True), strict=True):
         hold(verdict, f"gradient of {word} alone")
 
 
@@ -138,6 +145,7 @@ def each_gradient_stands_alone(subject: Subject, case: Case) -> None:
     takes_gradients,
 )
 def gradcheck(subject: Subject, case: Case) -> None:
+    """Binds what has gradients."""
     x = case.inputs()
     leaves = {w: t.requires_grad_() for w, t in x.leaves().items()}
     subject.require(x)
@@ -159,6 +167,7 @@ def gradcheck(subject: Subject, case: Case) -> None:
     ),
 )
 def long_half_rows_are_summed_wide(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     x = case.inputs()
     # Values of one sign: what a sum in the half type drops does not cancel.
     x = x.but(v=x.v.abs() + 0.5)

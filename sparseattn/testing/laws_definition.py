@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import reference, registry
-from ..base import KernelizedLinear, MaskedSoftmax, Mechanism
+from ..base import KernelizedLinear, Mechanism
 from ..call import AttentionCall
 from ..errors import SparseAttnError
-from ..layout import Grid
+from ..functional import attention
 from .budgets import largest
 from .cases import Case, Inputs
-from .laws import Broken, Refused, Subject, law, softmax_nature, with_options
+from .laws import Broken, Refused, Subject, Unavailable, hold, law, softmax_nature
 
 _EPS = torch.finfo(torch.float64).eps
-_CASES = tuple(
+CASES = tuple(
     case.but(dtype="float64")
     for case in (
         Case(1, seed=1),
@@ -49,26 +49,68 @@ def _weights(subject: Subject, x: Inputs) -> tuple[Tensor, AttentionCall]:
     return w, call
 
 
-@law("Some call of 16 tokens is served.", (Case(16, causal=True), Case(16)), definition=True)
+def _plainest(case: Case) -> list[Case]:
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    return [case.but(causal=causal, dtype=d) for causal in (True, False) for d in dtypes]
+
+
+@law(
+    "impl='auto' serves a plain call of 16 tokens, causal or not, in some dtype.",
+    (Case(16),),
+    definition=True,
+)
 def serves_the_basic_call(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
+    refused = ""
+    for plain in _plainest(case):
+        x = plain.inputs()
+        try:
+            subject.require(x)
+        except Refused as refusal:
+            refused = refused or str(refusal)
+            continue
+        out = attention(x.q, x.k, x.v, subject.mechanism, **x.kw)
+        hold(subject.budgets(plain, x).out(out), "out of impl='auto' against the definition")
+        return
+    raise Broken(f"causal or not, in every dtype, it refuses: {refused}")
+
+
+@law(
+    "An implementation serves the plainest call that its mechanism takes, in some dtype.",
+    (Case(16),),
+)
+def every_implementation_serves(subject: Subject, case: Case) -> None:
+    """Binds all natures; one that says it needs a device that is not here is skipped."""
     reasons = []
-    for causal in (True, False):
-        for dtype in ("float32", "bfloat16"):
-            try:
-                x = case.but(causal=causal, dtype=dtype).inputs()
-                subject.out(x)
-                return
-            except Refused as refusal:
-                reasons.append(str(refusal))
-    raise Broken(f"causal or not, float32 or bfloat16, it refuses: {reasons[0]}")
+    for plain in _plainest(case):
+        x = plain.inputs()
+        call = subject.call(x)
+        if subject.mechanism.refusals(call):
+            continue
+        try:
+            out = subject.out(x)
+        except Refused as refusal:
+            reasons.append(str(refusal))
+            continue
+        hold(subject.budgets(plain, x).out(out), "out against the definition in float64")
+        return
+    assert subject.impl is not None
+    for plain in _plainest(case) if not torch.cuda.is_available() and reasons else ():
+        # `supports` reads no values: it can be asked about a device that is not here.
+        call = subject.call(plain.inputs()).replace(device=torch.device("cuda"))
+        if not subject.impl.supports(subject.mechanism, call):
+            raise Unavailable("it serves CUDA devices, and this machine has none")
+    if reasons:
+        raise Broken(f"causal or not, in every dtype, it refuses: {reasons[0]}")
 
 
 @law(
     "The map is finite, and 0 wherever the call's own masks allow nothing.",
-    _CASES,
+    CASES,
     definition=True,
 )
 def the_map_stays_within_the_masks(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     w, call = _weights(subject, case.inputs())
     if not bool(w.isfinite().all()):
         raise Broken("the map is not finite")
@@ -85,11 +127,12 @@ def the_map_stays_within_the_masks(subject: Subject, case: Case) -> None:
 
 @law(
     "A softmax map is not negative, and each row sums to 1, or to 0 where it sees no key.",
-    _CASES,
+    CASES,
     softmax_nature,
     definition=True,
 )
 def softmax_rows_sum_to_one(subject: Subject, case: Case) -> None:
+    """Binds `exact` and `masked_softmax`."""
     w, call = _weights(subject, case.inputs())
     if not bool((w >= 0).all()):
         raise Broken("a weight is negative or NaN")
@@ -126,11 +169,12 @@ def _oracle(x: Inputs, call: AttentionCall, mask: Tensor) -> tuple[Tensor, Tenso
 
 @law(
     "A softmax map is the softmax of scale * q . k over its own mask; an exact one, over all.",
-    _CASES,
+    CASES,
     softmax_nature,
     definition=True,
 )
 def softmax_maps_are_softmax(subject: Subject, case: Case) -> None:
+    """Binds `exact` and `masked_softmax`."""
     x = case.inputs()
     w, call = _weights(subject, x)
     exact = subject.mechanism.nature == "exact"
@@ -154,79 +198,18 @@ def _is_normalised(mechanism: Mechanism) -> str:
 
 @law(
     "Normalised kernel weights sum to 1 in each row that sees a key, unless they are all 0.",
-    _CASES,
+    CASES,
     _is_normalised,
     definition=True,
 )
 def kernel_rows_sum_to_one(subject: Subject, case: Case) -> None:
+    """Binds normalised kernels."""
     w, _ = _weights(subject, case.inputs())
     total = w.sum(-1)
     some = (w != 0).any(-1)
     error = largest(total[some] - 1)
     if not error <= 64 * _EPS * max(1.0, largest(w.abs().sum(-1))):
         raise Broken(f"a row of weights misses the sum 1 by {error:.3g}")
-
-
-def _has_clauses(mechanism: Mechanism) -> str:
-    if not isinstance(mechanism, MaskedSoftmax):
-        return "it has no layout"
-    return "it is dynamic" if mechanism.is_dynamic else ""
-
-
-def _grids() -> tuple[Case, ...]:
-    sizes = [(1, 1), (2, 2), (3, 5), (5, 3), (7, 7), (17, 30), (33, 33), (65, 63), (130, 130)]
-    found = [(n, m, m - n) for n, m in sizes]
-    found += [(5, 9, -3), (9, 9, 4), (40, 20, 30), (1, 200, 199), (257, 257, 0), (700, 700, 0)]
-    return tuple(
-        Case(n, m, offset=offset, causal=causal)
-        for n, m, offset in sorted(found, key=lambda s: s[0] * s[1])
-        for causal in (True, False)
-    )
-
-
-@law(
-    "The layout is the pattern of visible(i, j), pair by pair.",
-    _grids(),
-    _has_clauses,
-    definition=True,
-)
-def layout_is_what_is_visible(subject: Subject, case: Case) -> None:
-    mechanism = subject.mechanism
-    assert isinstance(mechanism, MaskedSoftmax) and isinstance(case.offset, int)
-    grid = Grid(case.n, case.keys, case.causal, case.offset)
-    layout = mechanism.clauses(grid)
-    i = torch.arange(grid.n)[:, None] + case.offset
-    j = torch.arange(grid.m)[None]
-    wanted = mechanism.visible_in(i, j, torch.tensor(grid.m), grid.causal)
-    wanted = wanted.expand(grid.n, grid.m)
-    if grid.causal:
-        wanted = wanted & (j <= i)
-    found = layout.mask()
-    if not torch.equal(found, wanted):
-        q, k = (found != wanted).nonzero()[0].tolist()
-        raise Broken(
-            f"query position {q + case.offset}, key position {k}: visible() says "
-            f"{bool(wanted[q, k])}, the layout says {bool(found[q, k])}; "
-            f"{int((found != wanted).sum())} pairs differ"
-        )
-    if layout.pairs() != int(wanted.sum()):
-        raise Broken(f"the layout counts {layout.pairs()} pairs, there are {int(wanted.sum())}")
-
-
-@law(
-    "density() is the pairs used over the pairs that the masks allow.",
-    _CASES,
-    definition=True,
-)
-def density_counts_the_pairs(subject: Subject, case: Case) -> None:
-    x = case.inputs()
-    call = subject.mechanism.with_selection(x.q, x.k, subject.require(x))
-    used = subject.mechanism.mask(call)
-    allowed = call.allowed().expand(used.shape[0], used.shape[1], -1, -1)
-    wanted = float(used.sum()) / max(1.0, float(allowed.sum()))
-    found = subject.mechanism.density(call)
-    if not abs(found - wanted) <= 64 * _EPS:
-        raise Broken(f"density() is {found}, the pairs say {wanted}")
 
 
 def _registered(mechanism: Mechanism) -> bool:
@@ -242,6 +225,7 @@ def _registered(mechanism: Mechanism) -> bool:
     definition=True,
 )
 def the_spec_is_the_mechanism(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     mechanism: Any = subject.mechanism
     if not hasattr(mechanism, "__dataclass_fields__"):
         raise Broken(f"{type(mechanism).__name__} is no dataclass")
@@ -268,42 +252,6 @@ def the_spec_is_the_mechanism(subject: Subject, case: Case) -> None:
 _LITERALS = (int, float, str, bool, tuple, type(None))
 
 
-def _has_window(mechanism: Mechanism) -> str:
-    reason = _has_clauses(mechanism)
-    if reason:
-        return reason
-    if not hasattr(mechanism, "window") or hasattr(mechanism, "dilation"):
-        return "it has no option `window` of single keys"
-    return ""
-
-
-@law(
-    "window=W shows the keys at distance < W, (left, right) inclusive counts, sinks the first S.",
-    (Case(5), Case(9, 14), Case(33, causal=True)),
-    _has_window,
-    definition=True,
-)
-def window_means_what_it_says(subject: Subject, case: Case) -> None:
-    mechanism: Any = subject.mechanism
-    sizes = {f.name for f in dataclasses.fields(mechanism)}
-    for window in (1, 3, (2, 0), (1, 4)):
-        changed: Any = with_options(mechanism, {"window": window})
-        if changed is None:
-            continue
-        left, right = (window - 1, window - 1) if isinstance(window, int) else window
-        i, j = torch.arange(case.n)[:, None] + case.keys - case.n, torch.arange(case.keys)[None]
-        inside = (j - i >= -left) & (j - i <= right) | (j < getattr(mechanism, "sinks", 0))
-        seen = changed.visible_in(i, j, torch.tensor(case.keys), case.causal).expand_as(inside)
-        # Other options may only add to the window.
-        wrong = seen != inside if sizes <= {"window", "sinks"} else inside & ~seen
-        if bool(wrong.any()):
-            q, k = wrong.nonzero()[0].tolist()
-            raise Broken(
-                f"{changed!r}: query position {q + case.keys - case.n} and key position {k} are "
-                f"{'visible' if bool(seen[q, k]) else 'not visible'}"
-            )
-
-
 def _is_estimate(mechanism: Mechanism) -> str:
     fits = mechanism.nature == "softmax_estimate" and hasattr(mechanism, "features")
     fits = fits and hasattr(mechanism, "seed")
@@ -317,6 +265,7 @@ def _is_estimate(mechanism: Mechanism) -> str:
     definition=True,
 )
 def estimates_converge(subject: Subject, case: Case) -> None:
+    """Binds `softmax_estimate` with `features` and `seed`."""
     x = case.inputs()
     mechanism: Any = subject.mechanism
     exact, _ = reference.exact(x.q, x.k, x.v, subject.call(x))

@@ -26,6 +26,7 @@ _PADDED = (
 
 @law("A padded row of a batch is what the row is alone, padded left or right.", _PADDED)
 def padding_is_invisible(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     if subject.mechanism.looks_ahead and case.mask == "right":
         return  # its last queries are those of the padding
     x = case.inputs()
@@ -59,6 +60,7 @@ _PACKED = (
 
 @law("A packed run is what its documents are apart.", _PACKED)
 def packing_is_invisible(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     x = case.inputs()
     out = subject.out(x)
     budget = subject.budgets(case, x).out_budget
@@ -89,6 +91,7 @@ _EMPTY = (
     _EMPTY,
 )
 def empty_rows_are_zero(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     x = case.inputs()
     call = subject.require(x)
     blind = ~call.allowed().any(-1).expand(case.batch, case.heads, case.n)
@@ -101,14 +104,14 @@ def empty_rows_are_zero(subject: Subject, case: Case) -> None:
             )
         if lse is not None and not bool((lse[blind] == -torch.inf).all()):
             raise Broken(f"a query that sees no key has lse {float(lse[blind][0]):.3g}")
-    if subject.mechanism.looks_ahead:
-        return
-    _, _, grads = subject.with_grads(x, subject.seeds(case, x))
-    if not bool((grads["q"][blind] == 0).all()):
-        raise Broken("a query that sees no key has a gradient")
-    for word, grad in grads.items():
-        if not bool(grad.isfinite().all()):
-            raise Broken(f"the gradient of {word} is not finite where a row sees no key")
+        if subject.mechanism.looks_ahead:
+            continue
+        _, _, grads = subject.with_grads(x, subject.seeds(case, x))
+        if not bool((grads["q"][blind] == 0).all()):
+            raise Broken("a query that sees no key has a gradient")
+        for word, grad in grads.items():
+            if not bool(grad.isfinite().all()):
+                raise Broken(f"the gradient of {word} is not finite where a row sees no key")
 
 
 _INERT = (
@@ -138,6 +141,7 @@ def _unseen(subject: Subject, x: Inputs) -> Tensor:
     _INERT,
 )
 def unseen_keys_are_inert(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     x = case.inputs()
     hidden = _unseen(subject, x)[..., None]
     seeds = subject.seeds(case, x)
@@ -172,6 +176,7 @@ def unseen_keys_are_inert(subject: Subject, case: Case) -> None:
     ),
 )
 def nan_stays_visible(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     x = case.inputs()
     mechanism = subject.mechanism
     call = mechanism.with_selection(x.q, x.k, subject.require(x))
@@ -201,11 +206,14 @@ _SIZES = (
     Case(4, dv=0),
     Case(4, 0, causal=True, batch=2, heads=4, kv_heads=2),
     Case(0, 5, causal=True, batch=0),
+    Case(0, 4, sink=True, bias="hnm", batch=2),
+    Case(3, 0, sink=True, bias="hnm", batch=2),
 )
 
 
 @law("Empty batches, heads, queries, keys and values are legal: shaped zeros.", _SIZES)
 def empty_sizes_are_legal(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     for causal in (False, True):
         x = case.but(causal=causal).inputs()
         try:
@@ -216,10 +224,14 @@ def empty_sizes_are_legal(subject: Subject, case: Case) -> None:
             continue
         if tuple(out.shape) != (*x.q.shape[:3], x.v.shape[3]) or bool((out != 0).any()):
             raise Broken(f"an empty size gives {list(out.shape)}, or something other than zeros")
-        if lse is not None and case.keys == 0 and not bool((lse == -torch.inf).all()):
-            raise Broken("without keys, lse is not -inf")
+        if lse is not None and tuple(lse.shape) != tuple(x.q.shape[:3]):
+            raise Broken(f"an empty size gives an lse {list(lse.shape)}")
+        alone = x.kw["sink_logits"][None, :, None] if case.sink else torch.tensor(-torch.inf)
+        if lse is not None and case.keys == 0 and not bool((lse == alone.to(lse.dtype)).all()):
+            raise Broken("without keys, lse is not -inf, or the sink logit alone")
         if not subject.mechanism.looks_ahead:
-            _, _, grads = subject.with_grads(x, (torch.ones_like(out), None))
+            seeds = (torch.ones_like(out), None if lse is None else torch.zeros_like(lse))
+            _, _, grads = subject.with_grads(x, seeds)
             if any(bool((g != 0).any()) for g in grads.values()):
                 raise Broken("a gradient of an empty call is not 0")
 
@@ -272,6 +284,7 @@ ARGUMENTS = (
     (Case(8, causal=True, seed=1), Case(33, causal=True, heads=4, kv_heads=2, spread=1.5, seed=2)),
 )
 def no_argument_is_ignored(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     x = case.inputs()
     out, lse = subject.both(x)
     for word in ARGUMENTS:
@@ -297,6 +310,7 @@ def no_argument_is_ignored(subject: Subject, case: Case) -> None:
     lambda m: "" if has_lse(m) else "its definition has an lse",
 )
 def lse_is_refused_where_there_is_none(subject: Subject, case: Case) -> None:
+    """Binds what has no log normaliser."""
     x = case.inputs()
     subject.require(x)
     try:
@@ -312,6 +326,7 @@ def lse_is_refused_where_there_is_none(subject: Subject, case: Case) -> None:
     lambda m: "it does not look ahead" if not takes_gradients(m) else "",
 )
 def looking_ahead_is_for_prefill(subject: Subject, case: Case) -> None:
+    """Binds what looks ahead."""
     x = case.inputs()
     subject.require(x)
     call = subject.call(x)

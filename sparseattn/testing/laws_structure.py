@@ -48,6 +48,7 @@ def _positionless(mechanism: Mechanism) -> str:
     _positionless,
 )
 def keys_may_be_permuted(subject: Subject, case: Case) -> None:
+    """Binds `exact`, and kernels that read no positions."""
     if case.sink and "sink_logits" not in subject.mechanism.honours:
         case = case.but(sink=False)
     x = case.inputs()
@@ -69,6 +70,7 @@ _BATCHES = (
 
 @law("A row of the batch is what it is alone, and nothing of another row reaches it.", _BATCHES)
 def batches_are_independent(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     x = case.inputs()
     out = subject.out(x)
     other = x.clone()
@@ -91,6 +93,7 @@ def batches_are_independent(subject: Subject, case: Case) -> None:
     ),
 )
 def heads_are_independent(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     x = case.inputs()
     out = subject.out(x)
     other = x.clone()
@@ -117,6 +120,7 @@ def heads_are_independent(subject: Subject, case: Case) -> None:
     lambda m: "" if _static(m) else "a selection may give the heads of a group one choice",
 )
 def grouped_heads_are_repeated_heads(subject: Subject, case: Case) -> None:
+    """Binds all but what chooses its keys."""
     x = case.inputs()
     group = case.heads // (case.kv_heads or case.heads)
     repeated = x.but(k=x.k.repeat_interleave(group, 1), v=x.v.repeat_interleave(group, 1))
@@ -137,6 +141,7 @@ def grouped_heads_are_repeated_heads(subject: Subject, case: Case) -> None:
     sees_no_future,
 )
 def the_future_changes_nothing(subject: Subject, case: Case) -> None:
+    """Binds what does not look ahead."""
     x = case.inputs()
     out = subject.out(x)
     past = case.keys - case.n
@@ -159,6 +164,7 @@ def the_future_changes_nothing(subject: Subject, case: Case) -> None:
     ),
 )
 def values_enter_linearly(subject: Subject, case: Case) -> None:
+    """Binds all natures."""
     x = case.inputs()
     second = x.v.flip(2) * 0.5 - 1
     joined = x.but(v=x.v * 2 - second * 0.5)
@@ -184,6 +190,7 @@ def values_enter_linearly(subject: Subject, case: Case) -> None:
     sees_no_future,
 )
 def queries_may_be_cut(subject: Subject, case: Case) -> None:
+    """Binds what does not look ahead."""
     x = case.inputs()
     out = subject.out(x)
     budget = subject.budgets(case, x).out_budget
@@ -234,6 +241,7 @@ def _window(mechanism: Mechanism) -> Mechanism | None:
     lambda m: "" if _window(m) is not None else "it has no option `window`",
 )
 def a_window_of_all_keys_is_full(subject: Subject, case: Case) -> None:
+    """Binds static patterns with an option `window`."""
     changed = _window(subject.mechanism)
     assert changed is not None
     _expect_full(subject, case, changed)
@@ -256,6 +264,7 @@ def _all_blocks(mechanism: Mechanism) -> Mechanism | None:
     lambda m: "" if _all_blocks(m) is not None else "it has no option that counts blocks or keys",
 )
 def all_blocks_are_full(subject: Subject, case: Case) -> None:
+    """Binds `masked_softmax` with an option that counts blocks or keys."""
     changed = _all_blocks(subject.mechanism)
     assert changed is not None
     if not case.causal and not _static(changed):
@@ -282,6 +291,7 @@ def _merges(mechanism: Mechanism) -> str:
     _merges,
 )
 def results_merge_by_lse(subject: Subject, case: Case) -> None:
+    """Binds static patterns of softmax."""
     x = case.inputs()
     # The first and the last key stay in both sets, so that positions do; their logits are so low
     # that their weight is 0 beside any other key.
