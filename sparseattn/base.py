@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .cache import Cache, KeyCache
+from .cache_ring import RingCache, bound_of, sees_all
+from .cache_state import StateCache
 from .call import AttentionCall
 from .engines import op
 from .engines.linear import in_torch as _linear_in_torch  # noqa: F401  (registers its kernel)
@@ -62,6 +65,29 @@ class Implementation:
             float64) or None.
         """
         raise UnsupportedCallError(f"implementation {self.name!r} defines no run()")
+
+    def step(
+        self,
+        mechanism: Mechanism,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: Cache,
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute a call with a cache, which this must not change: `attention` appends afterwards.
+
+        The default has the cache call `run` on the keys it keeps, or use what an engine gives it.
+
+        Args:
+            q, k, v: of the new tokens: `[B, Hq, n, D]`, `[B, Hkv, n, D]`, `[B, Hkv, n, Dv]`.
+            cache: holds the `cache.length` tokens before them.
+            call: `n` counts the new tokens, `m` and `key_mask` all of them.
+
+        Returns:
+            as `run`.
+        """
+        return cache.attend(self, q, k, v, call)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
@@ -181,6 +207,51 @@ class Mechanism:
             )
         return reasons + list(self.supports(call))
 
+    def new_cache(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        *,
+        q_heads: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Cache:
+        """An empty decode cache, for `attention(..., causal=True, cache=cache)`.
+
+        Args:
+            batch, kv_heads, head_dim, value_dim: of k `[B, Hkv, n, D]` and v `[B, Hkv, n, Dv]`.
+            q_heads: of q; None leaves it to the first call.
+            device, dtype: of q, k and v; torch's defaults where None.
+
+        Raises:
+            InvalidInputError: a size, dtype or device that no call could have.
+            UnsupportedCallError: the mechanism looks ahead, so it takes no cache.
+        """
+        cache, options = self._cache_kind()
+        return cache(
+            self,
+            batch,
+            kv_heads,
+            head_dim,
+            value_dim,
+            q_heads=q_heads,
+            device=device,
+            dtype=dtype,
+            **options,
+        )
+
+    def _cache_kind(self) -> tuple[type[Cache], dict[str, Any]]:
+        """The least that decoding needs to keep: a kind of cache, and what it must know."""
+        return KeyCache, {}
+
+    def _uses(self, engine: str) -> bool:
+        return any(
+            isinstance(one, EngineImplementation) and one.engine == engine
+            for one in self.implementations()
+        )
+
     def with_selection(self, q: Tensor, k: Tensor, call: AttentionCall) -> AttentionCall:
         """The call with a dynamic mechanism's selection made; the same call for all others."""
         return call
@@ -256,6 +327,16 @@ class MaskedSoftmax(Mechanism):
     def is_dynamic(self) -> bool:
         """Whether the pattern depends on q and k."""
         return type(self).select is not MaskedSoftmax.select
+
+    def _cache_kind(self) -> tuple[type[Cache], dict[str, Any]]:
+        # A pattern that depends on the number of keys may come to need any of them.
+        fixed = type(self).visible_in is MaskedSoftmax.visible_in
+        if not fixed or self.is_dynamic or not self._uses("softmax"):
+            return KeyCache, {}
+        bound = bound_of(self)
+        if bound is not None:
+            return RingCache, {"bound": bound}
+        return KeyCache, {"sees_all": sees_all(self)}
 
     def with_selection(self, q: Tensor, k: Tensor, call: AttentionCall) -> AttentionCall:
         if not self.is_dynamic or call.selection is not None:
@@ -338,3 +419,6 @@ class KernelizedLinear(Mechanism):
 
     def implementations(self) -> tuple[Implementation, ...]:
         return engine_implementations("linear")
+
+    def _cache_kind(self) -> tuple[type[Cache], dict[str, Any]]:
+        return (StateCache if self._uses("linear") else KeyCache), {}

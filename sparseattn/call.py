@@ -204,6 +204,8 @@ class AttentionCall:
 
     def to_dtype(self, dtype: torch.dtype) -> AttentionCall:
         """The same request for inputs of another dtype (`bias` and `sink_logits` follow)."""
+        if dtype == self.dtype:
+            return self
         return self.replace(
             dtype=dtype,
             bias=None if self.bias is None else self.bias.to(dtype),

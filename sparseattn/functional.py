@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from . import registry
+from .arguments import describe
 from .base import REFERENCE, Implementation, Mechanism
+from .cache import Cache
 from .call import AttentionCall
 from .engines import intern
+from .engines.op import without_autocast
 from .errors import InvalidInputError, UnsupportedCallError, did_you_mean
 
 
@@ -87,8 +90,23 @@ def _refuse(mechanism: Mechanism, call: AttentionCall) -> None:
         raise UnsupportedCallError.of(f"mechanism {mechanism!r}", reasons)
 
 
-def choose(mechanism: Mechanism, call: AttentionCall, impl: str = "auto") -> Implementation:
+def _reasons(
+    one: Implementation, mechanism: Mechanism, call: AttentionCall, cache: Cache | None
+) -> list[str]:
+    """Why an implementation cannot serve a call, on what a cache keeps where there is one."""
+    reasons = list(one.supports(mechanism, call))
+    if cache is not None and type(one).step is Implementation.step:
+        reasons += cache.serves(one, call)
+    return reasons
+
+
+def choose(
+    mechanism: Mechanism, call: AttentionCall, impl: str = "auto", cache: Cache | None = None
+) -> Implementation:
     """The implementation that serves a call.
+
+    Args:
+        cache: what the call goes on from; the call is then one that `cache.admit` returned.
 
     Raises:
         InvalidInputError: `impl` names no implementation of this mechanism.
@@ -97,9 +115,11 @@ def choose(mechanism: Mechanism, call: AttentionCall, impl: str = "auto") -> Imp
     found = candidates(mechanism)
     if impl == "auto":
         for one in found:
-            if not one.supports(mechanism, call):
+            if not _reasons(one, mechanism, call, cache):
                 return one
-        reasons = [f"{one.name}: {r}" for one in found for r in one.supports(mechanism, call)]
+        reasons = [
+            f"{one.name}: {r}" for one in found for r in _reasons(one, mechanism, call, cache)
+        ]
         raise UnsupportedCallError.of(f"every implementation of {mechanism!r}", reasons)
     named = [one for one in found if one.name == impl]
     if not named:
@@ -108,7 +128,7 @@ def choose(mechanism: Mechanism, call: AttentionCall, impl: str = "auto") -> Imp
             f"impl={impl!r:.80} is no implementation of {mechanism.name!r}; expected one of "
             f"{', '.join(known)}.{did_you_mean(str(impl), known)}"
         )
-    reasons = named[0].supports(mechanism, call)
+    reasons = _reasons(named[0], mechanism, call, cache)
     if reasons:
         raise UnsupportedCallError.of(
             f"implementation {impl!r} of {mechanism!r}", reasons, 'impl="auto" takes one that does'
@@ -128,6 +148,14 @@ def _autocast(q: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     return tuple(
         t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
     )
+
+
+def _checked(cache: Any) -> Cache:
+    if not all(hasattr(cache, word) for word in ("admit", "serves", "attend", "append")):
+        raise InvalidInputError(
+            f"cache must come from mechanism.new_cache(...), got {describe(cache)}"
+        )
+    return cache  # type: ignore[no-any-return]
 
 
 def _check_result(
@@ -212,8 +240,10 @@ def attention(
         softcap: `cap * tanh(logit / cap)` before masking.
         sink_logits: `[Hq]`, one extra logit a head that takes weight and has no value.
         bias: `[B or 1, Hq or 1, N or 1, M]`, added to the logits after softcap; differentiable.
-        cache: reserved for decode caches, which this version does not have: anything but None is
-            refused.
+        cache: from `mechanism.new_cache`. q, k, v and key_mask are then those of the new tokens
+            alone, which see all tokens before them and are remembered. Needs causal=True; takes
+            no segments, q_offset or inputs that require gradients. A call that fails leaves it as
+            it was.
         impl: an implementation's name, or "auto" for the first that supports the call.
         return_lse: also return the log normaliser (natural log), softmax natures only.
 
@@ -240,21 +270,22 @@ def attention(
         q_offset=q_offset,
         softcap=softcap,
         sink_logits=sink_logits,
-        bias=bias,
+        bias=None if cache is not None else bias,
         needs_lse=return_lse,
         cached=cache is not None,
     )
     if cache is not None:
-        raise UnsupportedCallError(
-            f"cache= was given ({type(cache).__name__}), but this version has no decode caches; "
-            "pass all keys and values, with the new queries alone in q"
-        )
+        call = _checked(cache).admit(mech, call, bias)
     _refuse(mech, call)
-    chosen = choose(mech, call, impl)
-    # The inputs are cast: autocast would only turn an implementation's wide products back to half.
-    with torch.autocast(q.device.type, enabled=False):
-        result = chosen.run(mech, q, k, v, call)
+    chosen = choose(mech, call, impl, cache)
+    with without_autocast(q.device.type):
+        if cache is None:
+            result = chosen.run(mech, q, k, v, call)
+        else:
+            result = chosen.step(mech, q, k, v, cache, call)
     out, lse = _check_result(chosen, mech, result, call)
+    if cache is not None:
+        cache.append(k, v, call)
     if not return_lse:
         return out
     assert lse is not None
@@ -352,20 +383,24 @@ def explain(
         q_offset=q_offset,
         softcap=softcap,
         sink_logits=sink_logits,
-        bias=bias,
+        bias=None if cache is not None else bias,
         needs_lse=return_lse,
         cached=cache is not None,
     )
-    refusals = list(mech.refusals(call))
+    refusals: list[str] = []
     if cache is not None:
-        refusals.append("this version has no decode caches")
+        try:
+            call = _checked(cache).admit(mech, call, bias)
+        except UnsupportedCallError as error:
+            refusals = list(error.reasons)
+    refusals += mech.refusals(call)
     rejected: dict[str, tuple[str, ...]] = {}
     taken: str | None = None
     found = candidates(mech)
     if impl != "auto" and impl not in [one.name for one in found]:
         choose(mech, call, impl)  # raises, with the names that there are
     for one in found:
-        reasons = list(one.supports(mech, call))
+        reasons = _reasons(one, mech, call, cache)
         if impl != "auto" and one.name != impl:
             reasons.append(f"impl={impl!r} was asked for")
         elif not reasons and taken is not None:

@@ -17,7 +17,7 @@ FLOORS = (
     {"errors", "arguments", "call", "runs"},
     {"clauses", "block_layout", "lowering", "layout", "reference"},
     {"engines"},
-    {"base", "cache"},
+    {"base", "cache", "cache_ring", "cache_rows", "cache_state"},
     {"hookspecs", "specs", "admission", "discovery", "claims", "preference", "registry"},
     {"functional"},
     {"modules", "integrations"},

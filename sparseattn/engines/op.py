@@ -7,6 +7,7 @@ names `torch`, `native` and `triton` are the ones that the base classes look for
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Protocol
 
 import torch
@@ -53,10 +54,11 @@ _CALL = (
     "float? softcap, str kernel"
 )
 _BIAS, _SINK, _TENSORS = 4, 5, 7
-# With fewer pairs of a query and a key than this, over all heads, the torch kernels compute with
-# twice the digits: the rounding of single numbers shows in the greatest error of a small result,
-# and costs next to nothing to avoid.
-_FEW_PAIRS = 2**13
+# With fewer pairs of a query and a key than this, the torch kernels compute with twice the digits:
+# the rounding of single numbers shows in the greatest error of a small result, and costs next to
+# nothing to avoid. Forward, the pairs of one row of the batch count, so that a row gives the same
+# bits in any batch; backward, those of the whole batch.
+_FEW_PAIRS = 2**12
 _FEW_PAIRS_BACKWARD = 2**19
 _LIB = torch.library.Library("sparseattn", "DEF")
 _LIB.define(f"attend(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)")
@@ -64,6 +66,16 @@ _LIB.define(
     "attend_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
     f"Tensor lse, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Inputs are cast already: autocast would only turn wide products back to half.
+
+    Entering torch's own context costs microseconds: it is entered only where it changes anything.
+    """
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -101,9 +113,9 @@ def _rebuild(
     return call if selection is not None else mechanism.with_selection(q, k, call)
 
 
-def _digits(kernel: str, call: AttentionCall, few: int) -> torch.dtype:
-    """The dtype to compute a call in: a wider one where it has few pairs."""
-    if not kernel.endswith(":torch") or call.batch * call.q_heads * call.n * call.m >= few:
+def _digits(kernel: str, call: AttentionCall, rows: int, few: int) -> torch.dtype:
+    """The dtype to compute a call in: a wider one where `rows` of its batch have few pairs."""
+    if not kernel.endswith(":torch") or rows * call.q_heads * call.n * call.m >= few:
         return call.dtype
     return torch.float64 if call.dtype == torch.float32 else _wide(call.dtype)
 
@@ -144,9 +156,9 @@ def _run(
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     mechanism, kernel = intern.resolve(args[-5]), args[-1]
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         call = _rebuild(mechanism, q, k, v, args)
-        dtype = _digits(kernel, call, _FEW_PAIRS)
+        dtype = _digits(kernel, call, 1, _FEW_PAIRS)
         out, lse = _run(
             mechanism,
             kernel,
@@ -176,10 +188,10 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     mechanism, kernel = intern.resolve(args[-5]), args[-1]
     bias, sink = args[_BIAS], args[_SINK]
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         call = _rebuild(mechanism, q, k, v, args)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        dtype = _digits(kernel, call, _FEW_PAIRS_BACKWARD)
+        dtype = _digits(kernel, call, call.batch, _FEW_PAIRS_BACKWARD)
         inputs = (q, k, v)
         if dtype != q.dtype:
             inputs = (q.to(dtype), k.to(dtype), v.to(dtype))
