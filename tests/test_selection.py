@@ -368,12 +368,24 @@ def test_a_nan_score_stays_visible() -> None:
     assert (select(OracleTopK(keys=2), q, k) == 13).any(-1).all()
     blocks = select(TopKBlocks(block=2, top=1, first=0, local=0), q, k)
     assert (blocks == 6).all()
-    ranked = ranking.best(
-        torch.tensor([-0.0, 0.0, torch.nan, -torch.inf, torch.inf, -torch.nan, 1e-45, -1e-45]),
-        torch.tensor([True] * 7 + [False]),
-        8,
-    )
-    assert ranked.tolist() == [2, 5, 4, 6, 0, 1, 3, -1]
+    values = [-0.0, 0.0, torch.nan, -torch.inf, torch.inf, -torch.nan, 1e-45, -1e-45]
+    order = [2, 5, 4, 6, 0, 1, 3]
+    for count in range(9):
+        ranked = ranking.best(torch.tensor(values), torch.tensor([True] * 7 + [False]), count)
+        assert sorted(ranked.tolist()) == sorted(order[:count] + [-1] * (count - 7))
+
+
+def test_both_ways_of_ranking_choose_alike() -> None:
+    """The one for plain tensors on the CPU, and the one for traced code and other devices."""
+    generator = torch.Generator().manual_seed(3)
+    for levels in (1.0, 4.0, 1e6):
+        scores = (torch.randn(3, 5, 40, generator=generator) * levels).round()
+        scores[0, :, ::7] = torch.nan
+        candidates = torch.rand(3, 5, 40, generator=generator) > 0.5
+        for count in (1, 7, 25, 40, 60):
+            fast = ranking.best(scores, candidates, count)
+            slow = torch.func.vmap(lambda s, c: ranking.best(s, c, count))(scores, candidates)  # noqa: B023
+            assert torch.equal(fast.sort().values, slow.sort().values)
 
 
 def test_logits_carry_scale_softcap_and_bias() -> None:

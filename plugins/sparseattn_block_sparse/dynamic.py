@@ -244,11 +244,25 @@ class OracleTopK(sa.MaskedSoftmax):
     def select(self, q: Tensor, k: Tensor, call: sa.AttentionCall) -> Tensor:
         k = k.to(torch.float64)  # once, not in every slab
         parts = [
-            best(logits(q, k, call, start, stop), allowed(call, start, stop), self.keys)
+            self._rows(q, k, call, start, stop)
             for start, stop in slabs(call.n, call.batch * call.q_heads * call.m)
         ]
         empty = torch.empty(*q.shape[:2], 0, 1, dtype=torch.int32, device=q.device)
         return torch.cat(parts, dim=2) if parts else empty
+
+    def _rows(self, q: Tensor, k: Tensor, call: sa.AttentionCall, start: int, stop: int) -> Tensor:
+        if call.causal and not torch.compiler.is_compiling():
+            # Later keys are no candidates: they need no logits.
+            seen = max(1, min(call.m, int(call.offset) + stop))
+            call = call.replace(
+                m=seen,
+                q_offset=call.offset,
+                key_mask=None if call.key_mask is None else call.key_mask[:, :seen],
+                bias=None if call.bias is None else call.bias[..., :seen],
+            )
+            k = k[:, :, :seen]
+        chosen = best(logits(q, k, call, start, stop), allowed(call, start, stop), self.keys)
+        return pad(chosen, (0, self.keys - chosen.shape[-1]), value=-1)
 
 
 def _softmax(scores: Tensor, mask: Tensor, call: sa.AttentionCall) -> Tensor:

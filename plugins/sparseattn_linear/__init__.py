@@ -22,6 +22,7 @@ _MOST_POSITIONS = 2**31 - 1
 # exp(88). Dropping more than exp(30) would take typical keys, near exp(0), to its least, exp(-87).
 _CAP = 70.0
 _MOST_DROPPED = 30.0
+_TINY, _EPS = torch.finfo(torch.float64).tiny, torch.finfo(torch.float64).eps
 
 
 def _check_int(mechanism: sa.Mechanism, option: str, least: int, most: int) -> None:
@@ -70,8 +71,9 @@ class Performer(sa.KernelizedLinear):
     Nothing looks at later keys. Queries drop the factors that are common to a row, which cancel in
     the division: their greatest feature is 1. The exponent of a key is at most `|w_f|^2 / 2`, which
     float32 holds up to about D = 128; for wider heads the keys drop a factor that depends on the
-    projection alone, and their exponent is capped at 70, which binds only for keys that lie along a
-    row `w_f` and are about as long.
+    projection alone. Long keys underflow, all features at once: rows whose sum is out of range are
+    evaluated again in float64, each key in a scale of its own (`scaled_map`); a row that not even
+    that can tell, whose products are below `exp(-600)`, is NaN.
 
     Nature: an estimate of softmax. Refuses: scale <= 0, for which `sqrt(scale) * x` is not defined
     or leaves nothing of x. Cost: O(N features (D + Dv)) time, a state of features (Dv + 1) numbers
@@ -117,19 +119,55 @@ class Performer(sa.KernelizedLinear):
         )
         return x @ rows.T, longest
 
-    def feature_map(self, x: Tensor, positions: Tensor, call: sa.AttentionCall) -> Tensor:
+    def _exponents(self, x: Tensor, call: sa.AttentionCall) -> tuple[Tensor, float]:
         x = x * math.sqrt(call.scale)
         exponent, longest = self._project(x)
         dropped = min(max(longest / 2 - _CAP, 0.0), _MOST_DROPPED) + math.log(self.features) / 2
-        exponent.sub_((x * x).sum(-1, keepdim=True).mul_(0.5).add_(dropped))
-        if longest / 2 > _CAP + _MOST_DROPPED:
-            exponent = exponent.clamp(max=_CAP)
-        return exponent.exp_()
+        return exponent.sub_((x * x).sum(-1, keepdim=True).mul_(0.5).add_(dropped)), longest
+
+    def feature_map(self, x: Tensor, positions: Tensor, call: sa.AttentionCall) -> Tensor:
+        return self._exponents(x, call)[0].exp_()
 
     def query_map(self, x: Tensor, positions: Tensor, call: sa.AttentionCall) -> Tensor:
         exponent, _ = self._project(x * math.sqrt(call.scale))
         # No gradient through the maximum: it cancels in the division.
         return exponent.sub_(exponent.detach().amax(-1, keepdim=True)).exp_()
+
+    def scaled_map(
+        self, x: Tensor, positions: Tensor, call: sa.AttentionCall
+    ) -> tuple[Tensor, Tensor]:
+        """`feature_map` as features of at most 1, and the logarithm of their factor a row.
+
+        x `[B, H, n, D]` -> `[B, H, n, F]` and `[B, H, n, 1]`; the factor has no gradient, since it
+        is not a factor of the product of the two.
+        """
+        exponent, _ = self._exponents(x, call)
+        greatest = exponent.detach().amax(-1, keepdim=True)
+        return exponent.sub_(greatest).exp_(), greatest
+
+    def weights(self, q: Tensor, k: Tensor, call: sa.AttentionCall) -> Tensor:
+        # As in the base class, but with each key's factor taken relative to the greatest of those
+        # that the query sees: features of long keys underflow even in float64, quotients do not.
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        place = call.placement()
+        phi_q = self.query_map(q.to(wide), place.q[:, None], call).to(q.dtype)
+        phi_k, factor = self.scaled_map(k.to(wide), place.k[:, None], call)
+        phi_k, factor = (
+            x.repeat_interleave(call.groups, dim=1) for x in (phi_k.to(q.dtype), factor.mT)
+        )
+        products, allowed = phi_q @ phi_k.mT, call.allowed()
+        if call.m == 0:
+            return products
+        factor = factor.masked_fill(~allowed, -torch.inf)
+        greatest = factor.amax(-1, keepdim=True)
+        factor = (factor - greatest.masked_fill(greatest == -torch.inf, 0.0)).exp()
+        scores = (products * factor.to(q.dtype)).masked_fill(~allowed, 0.0)
+        total = scores.sum(-1, keepdim=True)
+        if q.dtype == torch.float64:
+            # Whatever is lost is lost in words: NaN, not the 0 of a query that sees no key.
+            least = self.features * call.m * _TINY / _EPS
+            total = total.masked_fill((total < least) & allowed.any(-1, keepdim=True), torch.nan)
+        return scores / total.masked_fill(total == 0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -164,6 +202,14 @@ class Taylor(sa.KernelizedLinear):
 
     def query_map(self, x: Tensor, positions: Tensor, call: sa.AttentionCall) -> Tensor:
         return self.feature_map(x * call.scale, positions, call)
+
+    def dot_weight(self, dot: Tensor, call: sa.AttentionCall) -> Tensor:
+        """The weight from `q . k`, elementwise: what the engine uses for runs of some thousands.
+
+        `1 + x + x * x / 2 = ((x + 1) ** 2 + 1) / 2`, a sum of nothing that could cancel.
+        """
+        x = torch.add(dot.new_full((), math.sqrt(0.5)), dot, alpha=math.sqrt(0.5) * call.scale)
+        return torch.addcmul(dot.new_full((), 0.5), x, x)
 
 
 @dataclass(frozen=True)

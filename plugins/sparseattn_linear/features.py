@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from functools import lru_cache
 
 import torch
@@ -43,9 +44,20 @@ def _held(
         return w.to(device, dtype), longest
 
 
-@torch.compiler.assume_constant_result
+def _constant(
+    features: int, dim: int, seed: int, orthogonal: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, float]:
+    return _held(features, dim, seed, orthogonal, dtype, device)
+
+
+# What `torch.compiler.assume_constant_result` sets; it imports the compiler to do so, which takes a
+# second in every process that compiles nothing.
+_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def projection(
     features: int, dim: int, seed: int, orthogonal: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, float]:
     """`draw`, in the dtype and on the device wanted, and the greatest `|w|^2` of its rows."""
-    return _held(features, dim, seed, orthogonal, dtype, device)
+    # Under dynamic shapes the head width is a symbol; `index` makes it the number it is.
+    return _constant(features, operator.index(dim), seed, orthogonal, dtype, device)

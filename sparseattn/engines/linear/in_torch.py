@@ -4,7 +4,9 @@
 i sees, divided by the sum of row i of W unless the mechanism says otherwise.
 
 - `plan.py`: in which steps a run is swept;
-- `sweeps.py`: the sweeps themselves, forward and backward;
+- `sweeps.py`: the sweeps themselves, forward and backward, and `state.py` what they carry along;
+- `scaled.py`: sweeps over features that underflow;
+- `direct.py`: pairs weighed one by one, while that costs less;
 - here: a call cut into runs, and what a run may not see taken out of it.
 """
 
@@ -19,8 +21,11 @@ from torch import Tensor
 from ...call import AttentionCall
 from ...runs import Run, cut, trim_future
 from ..op import KERNELS
-from .plan import state_elements
-from .sweeps import Sweeps, count_features, wide
+from .direct import Direct, is_cheaper
+from .plan import exactly, state_elements, wide
+from .scaled import Guarded
+from .state import widest
+from .sweeps import Sweeps, count_features
 
 
 def _without_later(
@@ -69,7 +74,7 @@ def _result(shape: tuple[int, ...], like: Tensor, whole: bool) -> Tensor:
 
 def _pieces(
     mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, runs: list[Run]
-) -> Iterator[tuple[Run, Sweeps, Tensor | None]]:
+) -> Iterator[tuple[Run, Sweeps | Direct, Tensor | None]]:
     """The runs of a call, few enough rows of the batch at once for their states to stay cached.
 
     The third is what `_put_back` takes.
@@ -94,7 +99,22 @@ def _pieces(
             alone = piece.subcall(call)
             reach = trim_future(alone)
             k_run, v_run, later = _without_later(k_run[:, :, :reach], v_run[:, :, :reach], alone)
-            yield piece, Sweeps(mechanism, q_run, k_run, v_run, alone), later
+            yield piece, _method(mechanism, q_run, k_run, v_run, alone, features), later
+
+
+def _method(
+    mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, features: int
+) -> Sweeps | Direct:
+    """How a run is evaluated: chosen from static facts, and not from the size of the batch."""
+    direct = is_cheaper(mechanism, call, features)
+    expanded = hasattr(mechanism, "dot_weight") and not direct  # see `direct.py`
+    if exactly(call) or (expanded and call.dtype == torch.float32):
+        call = call.to_dtype(widest(q.device))
+    if direct:
+        return Direct(mechanism, q, k, v, call)
+    if hasattr(mechanism, "scaled_map"):
+        return Guarded(mechanism, q, k, v, call)
+    return Sweeps(mechanism, q, k, v, call)
 
 
 class TorchKernel:
@@ -144,13 +164,8 @@ class TorchKernel:
             if later is not None:
                 g = g.clone()
                 _put_back(g, later, sweeps.call)
-            rows = torch.empty((*g.shape[:3], 2), dtype=sweeps.dtype, device=g.device)
-            for step, d_query in sweeps.backward_queries(g, rows):
-                d[:, :, sweeps.rows(step)] = d_query
             d_k, d_v = (x[run.batch, :, run.keys] for x in (dk, dv))
-            for step, d_key, d_value in sweeps.backward_keys(g, rows):
-                d_k[:, :, step.key_rows] = d_key
-                d_v[:, :, step.key_rows] = d_value
+            sweeps.backward(g, d, d_k, d_v)
         return dq, dk, dv, None
 
 

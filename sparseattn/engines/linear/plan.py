@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...call import AttentionCall
 from ...runs import trim_future
+from .state import widest
 
 # Measured on CPU (Zen 4, 8 heads of width 64): chunks of 64 lead at 64 and at 256 features, and
 # steps are fastest while the states of their chunks stay near 1 MiB. An accelerator wants fewer and
@@ -23,6 +24,40 @@ CHUNK = 64
 MOST_CHUNKS = 32
 _CPU_STATE_ELEMENTS = 17 * 2**14
 _DEVICE_STATE_ELEMENTS = 2**24
+
+
+# Calls of so few pairs, and rows, are evaluated in float64 where their inputs are float32.
+_EXACT_PAIRS = 2**18
+_EXACT_ROWS = 2**12
+_MANY_KEYS = 256
+
+
+def exactly(call: AttentionCall) -> bool:
+    """Whether to evaluate a run in float64, for float32 inputs.
+
+    In a short run an error is that of a few numbers: the definition in float32 may hit them to the
+    last digit by luck (a weight of exactly 1, say), which no sum in another order can promise to
+    match. There the wider arithmetic costs nothing that a user would notice.
+    """
+    few = call.n * call.m <= _EXACT_PAIRS and call.n + call.m <= _EXACT_ROWS
+    return few and call.dtype == torch.float32 and widest(call.device) == torch.float64
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of features, states and sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def finely(call: AttentionCall) -> torch.dtype:
+    """The dtype of products with the state, for the features of `wide(call.dtype)`.
+
+    Where every query sees many keys, the definition in float32 errs little: its errors, one a key,
+    average. Those of a product with the state do not.
+    """
+    many = not call.causal or int(call.offset) >= _MANY_KEYS
+    if many and call.dtype == torch.float32:
+        return widest(call.device)
+    return wide(call.dtype)
 
 
 class Step(NamedTuple):
@@ -142,13 +177,10 @@ class Decay:
             self._held["end", size] = held
         return held
 
-    def across(self, state: Tensor, size: int) -> Tensor:
-        """`state` `[b, Hq, F, E]` times `gamma ** size`, a factor in two parts for its rounding."""
+    def across(self, size: int) -> Tensor:
+        """`gamma ** size`, what a chunk leaves of the state: float64 `[1, Hq, 1, 1]`."""
         held = self._held.get(("across", size))
         if held is None:
             exact = (self._gamma**size)[None, :, None, None]
-            high = exact.to(self._dtype)
-            low = (exact - high.to(torch.float64)).to(self._dtype)
-            held = self._held["across", size] = high.to(self._device), low.to(self._device)
-        high, low = held
-        return (state * low).addcmul_(state, high)
+            held = self._held["across", size] = exact.to(self._device, widest(self._device))
+        return held

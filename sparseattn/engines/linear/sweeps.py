@@ -19,14 +19,10 @@ import torch
 from torch import Tensor
 
 from ...call import AttentionCall
-from .plan import CHUNK, MOST_CHUNKS, Decay, Step, plan, state_elements
+from .plan import CHUNK, MOST_CHUNKS, Decay, Step, finely, plan, state_elements, wide
+from .state import State
 
 _FEATURES: dict[tuple[Any, int], int] = {}  # of a mechanism and head width: only for step sizes
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of features, states and sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def count_features(mechanism: Any, k: Tensor, call: AttentionCall) -> int:
@@ -76,7 +72,8 @@ class Sweeps:
     ) -> None:
         self.mechanism, self.call = mechanism, call
         self.q, self.k, self.v = q, k, v
-        self.dtype = wide(q.dtype)
+        self.dtype = wide(call.dtype)
+        self.fine = finely(call)
         gamma = mechanism.decay(call)
         self.decay = None if gamma is None else Decay(gamma, self.dtype, q.device)
         self.heads = call.kv_heads if gamma is None else call.q_heads
@@ -172,79 +169,93 @@ class Sweeps:
         """Rows times `since_start` or `until_end` of their chunk."""
         if self.decay is None:
             return x
-        by = getattr(self.decay, powers)(step.size)
+        by = getattr(self.decay, powers)(step.size).to(x.dtype)
         shape = (self.call.batch, self.heads, step.chunks, step.size, x.shape[-1])
         return (x.reshape(shape) * by).view(x.shape)
 
-    def new_state(self) -> Tensor:
-        shape = (self.call.batch, self.heads, self.features, self.width)
-        return torch.zeros(shape, dtype=self.dtype, device=self.q.device)
+    def across(self, step: Step) -> Tensor | None:
+        """What each chunk leaves of the state before it: `[b, heads, chunks, 1, 1]`."""
+        if self.decay is None:
+            return None
+        return self.decay.across(step.size)[:, :, None].expand(-1, -1, step.chunks, -1, -1)
 
-    def scan(
-        self, state: Tensor, added: Tensor | None, step: Step, reverse: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The state that each chunk of a step meets, and the one after all of them.
+    def new_state(self) -> State:
+        shape = (self.call.batch, self.heads, self.features, self.width)
+        return State(shape, self.dtype, self.q.device)
+
+    def scan(self, state: State, added: Tensor | None, step: Step, reverse: bool = False) -> Tensor:
+        """The state that each chunk of a step meets, `[b * heads * chunks, F, E]`; it moves on.
 
         Args:
-            state: `[b, heads, F, E]`, met by the first chunk (the last one in `reverse`).
+            state: met by the first chunk (the last one in `reverse`).
             added: what the chunks add, `[b * heads * chunks, F, E]`, or None for nothing.
         """
-        if added is None and self.decay is None:  # nothing changes
-            met = state
-            if step.chunks > 1:
-                met = state[:, :, None].expand(-1, -1, step.chunks, -1, -1)
-            return met.reshape(-1, *state.shape[2:]), state
-        order = range(step.chunks - 1, -1, -1) if reverse else range(step.chunks)
-        if added is not None:
-            added = added.view(*state.shape[:2], step.chunks, *state.shape[2:])
-        met = state[:, :, None]
-        if step.chunks > 1:
-            met = torch.empty(
-                (*state.shape[:2], step.chunks, *state.shape[2:]),
-                dtype=state.dtype,
-                device=state.device,
+        shape = (self.call.batch, self.heads, step.chunks, self.features, self.width)
+        met = torch.empty(shape, dtype=self.fine, device=self.q.device)
+        added = None if added is None else added.view(shape)
+        across = self.across(step)
+        for i in range(step.chunks - 1, -1, -1) if reverse else range(step.chunks):
+            state.read(met[:, :, i])
+            state.advance(
+                None if added is None else added[:, :, i],
+                step.key_size,
+                None if across is None else across[:, :, i],
             )
-        for i in order:
-            if step.chunks > 1:
-                met[:, :, i] = state
-            if self.decay is not None:
-                state = self.decay.across(state, step.size)
-            if added is not None:
-                state = state + added[:, :, i]
-        return met.reshape(-1, *state.shape[2:]), state
+        return met.view(-1, *shape[3:])
 
-    def take_keys(
-        self, step: Step, state: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    def take_keys(self, step: Step, state: State) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Features and values of a step's keys, if it has any, and `scan` with them."""
         if not step.keys:
-            return None, None, *self.scan(state, None, step)
+            return None, None, self.scan(state, None, step)
         phi_k = self.fold_keys(self.key_features(self.key_input(step), step), step)
         value = self.values(step)
         added = _sum_of_products(self.decayed(phi_k, step, "until_end"), value, CHUNK)
-        return phi_k, value, *self.scan(state, added, step)
+        met = self.scan(state, added, step)
+        if step.queries:
+            phi_k, value = phi_k.to(self.fine), value.to(self.fine)
+        return phi_k, value, met
 
     def forward(self, out: Tensor) -> None:
         """Write the outputs of all steps' queries, `[b, Hq, n, Dv]`."""
         state = self.new_state()
         for step in self.steps:
-            phi_k, value, met, state = self.take_keys(step, state)
+            phi_k, value, met = self.take_keys(step, state)
             if not step.queries:
                 continue
-            phi_q = self.fold_queries(self.query_features(self.query_input(step), step), step)
+            phi_q = self.query_features(self.query_input(step), step).to(self.fine)
+            phi_q = self.fold_queries(phi_q, step)
             total = torch.bmm(self.decayed(phi_q, step, "since_start"), met)
             if phi_k is not None and value is not None:
                 scores = self.weigh(phi_q, phi_k, step)
-                if self.mechanism.normalize and step.chunks == len(self.steps) == 1:
-                    # All pairs at once: divided first, one key has a weight of exactly 1.
-                    scores.div_(_guard(scores.sum(-1, keepdim=True)))
                 total.baddbmm_(scores, value)
             total = self.unfold_queries(total, step)
             own = out[:, :, self.rows(step)]
             if self.mechanism.normalize:
+                self.note(step, total[..., -1])
                 torch.div(total[..., :-1], _guard(total[..., -1:]), out=own)
             else:
                 own.copy_(total)
+
+    def note(self, step: Step, sums: Tensor) -> None:
+        """Hear of the row sums `[b, Hq, L]` of a step's queries, before they divide."""
+
+    def backward(self, grad_out: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Write the gradients of all rows that a step serves, from that of the outputs."""
+        rows = self.write_queries(grad_out, dq)
+        self.write_keys(grad_out, rows, dk, dv)
+
+    def write_queries(self, grad_out: Tensor, dq: Tensor) -> Tensor:
+        """Write the gradients of the queries; returns the `rows` of `backward_queries`."""
+        rows = grad_out.new_ones((*grad_out.shape[:3], 2), dtype=self.fine)
+        for step, d_query in self.backward_queries(grad_out, rows):
+            dq[:, :, self.rows(step)] = d_query
+        return rows
+
+    def write_keys(self, grad_out: Tensor, rows: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Write the gradients of the keys and values."""
+        for step, d_key, d_value in self.backward_keys(grad_out, rows):
+            dk[:, :, step.key_rows] = d_key
+            dv[:, :, step.key_rows] = d_value
 
     def backward_queries(self, grad_out: Tensor, rows: Tensor) -> Iterator[tuple[Step, Tensor]]:
         """The gradient of each step's queries `[b, Hq, L, D]`, forwards along the positions.
@@ -256,14 +267,14 @@ class Sweeps:
         """
         state = self.new_state()
         for step in self.steps:
-            phi_k, value, met, state = self.take_keys(step, state)
+            phi_k, value, met = self.take_keys(step, state)
             if not step.queries:
                 continue
             x = self.query_input(step).detach().requires_grad_()
             with torch.enable_grad():
                 phi = self.query_features(x, step)
-            phi_q = self.fold_queries(phi.detach(), step)
-            g = self.fold_queries(grad_out[:, :, self.rows(step)].to(self.dtype), step)
+            phi_q = self.fold_queries(phi.detach().to(self.fine), step)
+            g = self.fold_queries(grad_out[:, :, self.rows(step)].to(self.fine), step)
             met_value, met_sum = met[..., : self.call.value_dim], met[..., self.call.value_dim :]
             d_phi = torch.bmm(g, met_value.transpose(1, 2))
             d_weights = total = mean = None
@@ -330,20 +341,22 @@ class Sweeps:
             if step.queries:
                 phi_q = self.query_features(self.query_input(step), step)
                 phi_q = self.fold_queries(phi_q, step)
-                g = self.fold_queries(grad_out[:, :, self.rows(step)].to(self.dtype), step)
+                g = self.fold_queries(grad_out[:, :, self.rows(step)].to(self.fine), step)
                 divided = g
                 if self.mechanism.normalize:
                     total, mean = self.fold_queries(rows[:, :, self.rows(step)], step).split(1, 2)
                     divided = torch.cat([g, -mean], dim=-1).div_(total)
                 reaching = self.decayed(phi_q, step, "since_start")
-                added = _sum_of_products(reaching, divided, CHUNK * self.groups)
-            met, state = self.scan(state, added, step, reverse=True)
+                added = _sum_of_products(reaching, divided.to(self.dtype), CHUNK * self.groups)
+                phi_q = phi_q.to(self.fine)
+            met = self.scan(state, added, step, reverse=True)
             if not step.keys:
                 continue
             x = self.key_input(step).detach().requires_grad_()
             with torch.enable_grad():
                 phi = self.key_features(x, step)
             phi_k, value = self.fold_keys(phi.detach(), step), self.values(step)
+            phi_k, value = phi_k.to(self.fine), value.to(self.fine)
             d_phi = torch.bmm(value, met.transpose(1, 2))
             value = value[..., : self.call.value_dim]
             d_value = torch.bmm(phi_k, met[..., : self.call.value_dim])
@@ -366,4 +379,4 @@ class Sweeps:
 def _pull_back(phi: Tensor, x: Tensor, d_phi: Tensor) -> Tensor:
     if not phi.requires_grad:  # a map that does not depend on its input
         return torch.zeros_like(x)
-    return torch.autograd.grad(phi, x, d_phi)[0]
+    return torch.autograd.grad(phi, x, d_phi.to(phi.dtype))[0]

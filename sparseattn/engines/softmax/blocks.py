@@ -1,16 +1,20 @@
 """Block layouts in a few large calls: query blocks with equally many key blocks run together.
 
-Key blocks are gathered into a buffer that stays in cache; blocks that are only partly visible bring
-a mask that all heads share. Nothing is padded to a common width, so time follows the density.
+Key blocks are gathered into a buffer that stays in cache, or read in place where they lie evenly;
+blocks that are only partly visible bring a mask that all heads share. Masks are worked out once a
+layout, as bit tiles: blocks that look alike share one. Nothing is padded to a common width, so time
+follows the density.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...layout import BlockCSR
@@ -19,41 +23,173 @@ from .primitive import additive, flash_backward, flash_forward, wide
 BLOCK = 64
 # Elements of one gathered buffer of keys: 2 MiB in float32, so that it stays in cache.
 _BUFFER_ELEMENTS = 2**19
+# Distinct bit tiles and partial blocks that a layout may keep; one with more has its masks
+# evaluated batch by batch.
+_MOST_TILES, _MOST_PARTIAL = 1024, 2**17
+_PARTIAL_AT_ONCE = 256
+_FULL = -1  # the tile of a block that is visible throughout
 
 
 class Batch(NamedTuple):
     """Some rows of a layout with the same number of key blocks.
 
     Attributes:
-        rows: int64 `[T]`, query blocks. cols: int64 `[T * S]`, their key blocks, row after row.
-        mask: bool `[T, BLOCK, S * BLOCK]`, or None where all is visible.
+        rows: the query blocks, T of them: a slice where they lie evenly, else int64 `[T]`.
+        cols: int64 `[T, S]`, their key blocks.
+        mask: bool `[T or 1, BLOCK, S * BLOCK]`, or None where all is visible.
     """
 
-    rows: Tensor
-    cols: Tensor
+    rows: slice | Tensor
+    cols: NDArray[np.int64]
     mask: Tensor | None
+
+
+class Plan(NamedTuple):
+    """A layout ready to run: entries without those that show nothing, and their masks.
+
+    Attributes:
+        indptr: int64 `[rows + 1]`. cols, tile: int64 `[nnz]`, key blocks and what they look like,
+            the full ones of a row first, then by tile.
+        tiles: bool `[U, BLOCK, BLOCK]`, the distinct masks; None where there are too many.
+    """
+
+    indptr: NDArray[np.int64]
+    cols: NDArray[np.int64]
+    tile: NDArray[np.int64]
+    tiles: Tensor | None
+
+
+_plans: WeakKeyDictionary[BlockCSR, Plan] = WeakKeyDictionary()
+
+
+def plan(csr: BlockCSR) -> Plan:
+    """The plan of a layout, made once."""
+    found = _plans.get(csr)
+    if found is None:
+        found = _plans[csr] = _make_plan(csr)
+    return found
+
+
+def _make_plan(csr: BlockCSR) -> Plan:
+    partial = ~csr.full
+    if csr.frame.m % csr.frame.key_block:  # the last block ends in padding, which none may see
+        partial = partial | (csr.indices == csr.shape[1] - 1)
+    where, cols = np.flatnonzero(partial), csr.indices.astype(np.int64)
+    tile = np.where(partial, 0, _FULL)
+    if len(where) > _MOST_PARTIAL:
+        return Plan(csr.indptr, cols, tile, None)
+    rows = csr.row_ids()
+    known: dict[bytes, int] = {}
+    kept: list[Tensor] = []
+    for start in range(0, len(where), _PARTIAL_AT_ONCE):
+        at = where[start : start + _PARTIAL_AT_ONCE]
+        masks = csr.entry_masks(rows[at], cols[at, None])
+        for entry, mask, bits in zip(at, masks, np.packbits(masks.numpy(), axis=-1), strict=True):
+            content = bits.tobytes()
+            if content not in known:
+                if len(kept) == _MOST_TILES:
+                    return Plan(csr.indptr, cols, np.where(partial, 0, _FULL), None)
+                known[content] = len(kept)
+                kept.append(mask)
+            tile[entry] = known[content]
+    tiles = torch.stack(kept) if kept else torch.zeros(0, BLOCK, BLOCK, dtype=torch.bool)
+    some = np.ones(len(tiles) + 1, dtype=bool)  # the last one stands for _FULL
+    some[:-1] = tiles.flatten(1).any(1).numpy()
+    live = some[tile]
+    rows, cols, tile = rows[live], cols[live], tile[live]
+    order = np.lexsort((cols, tile, rows))
+    counts = np.bincount(rows, minlength=csr.shape[0])
+    indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+    return Plan(indptr, cols[order], tile[order], tiles)
 
 
 def batches(csr: BlockCSR, heads: int, width: int) -> Iterator[Batch]:
     """Cut a lowered layout into batches whose gathered keys fit the buffer."""
-    counts = np.diff(csr.indptr)
-    ragged = csr.frame.m % csr.frame.key_block != 0
-    last = csr.shape[1] - 1
-    whole = np.ones(len(counts), dtype=bool)
-    partial = ~csr.full
-    if ragged:  # the last key block ends in padding, which no query may see
-        partial = partial | (csr.indices == last)
-    whole[np.unique(csr.row_ids()[partial])] = False
+    made = plan(csr)
+    counts = np.diff(made.indptr)
     for count in np.unique(counts[counts > 0]).tolist():
-        per_row = heads * count * csr.frame.key_block * width
-        step = max(1, _BUFFER_ELEMENTS // per_row)
-        for kind in (True, False):
-            rows = np.flatnonzero((counts == count) & (whole == kind))
-            for start in range(0, len(rows), step):
-                part = rows[start : start + step]
-                cols = csr.indices[csr.indptr[part][:, None] + np.arange(count)].astype(np.int64)
-                mask = None if kind else csr.entry_masks(part, cols)
-                yield Batch(torch.from_numpy(part), torch.from_numpy(cols.ravel()), mask)
+        step = max(1, _BUFFER_ELEMENTS // (heads * count * BLOCK * width))
+        rows = np.flatnonzero(counts == count)
+        entries = made.indptr[rows][:, None] + np.arange(count)
+        looks, cols = made.tile[entries], made.cols[entries]
+        for alike in _groups(looks, step):
+            shared = made.tiles is not None and bool((looks[alike] == looks[alike[0]]).all())
+            for start in range(0, len(alike), step):
+                part = alike[start : start + step]
+                mask = None
+                if (looks[part] != _FULL).any():
+                    mask = _mask(csr, made, rows[part], cols[part], looks[part], shared)
+                yield Batch(_evenly(rows[part]), cols[part], mask)
+
+
+def _groups(looks: NDArray[np.int64], step: int) -> list[NDArray[np.int64]]:
+    """Rows that look alike together, so that they share a mask; the odd ones at the end."""
+    whole = (looks == _FULL).all(1)
+    groups = [np.flatnonzero(whole)] if whole.any() else []
+    rest = np.flatnonzero(~whole)
+    if not len(rest):
+        return groups
+    _, group, size = np.unique(looks[rest], axis=0, return_inverse=True, return_counts=True)
+    group = group.reshape(-1)
+    enough = min(step, 4)
+    groups += [rest[group == x] for x in np.flatnonzero(size >= enough)]
+    odd = rest[size[group] < enough]
+    return groups + ([odd] if len(odd) else [])
+
+
+def _mask(
+    csr: BlockCSR,
+    made: Plan,
+    rows: NDArray[np.int64],
+    cols: NDArray[np.int64],
+    looks: NDArray[np.int64],
+    shared: bool,
+) -> Tensor:
+    if made.tiles is None:
+        return csr.entry_masks(rows, cols)
+    looks = looks[:1] if shared else looks
+    # Row U of the table stands for _FULL.
+    table = torch.cat([made.tiles, torch.ones(1, BLOCK, BLOCK, dtype=torch.bool)])
+    picked = table[torch.from_numpy(looks)]  # [T, S, BLOCK, BLOCK]; -1 is the last row
+    return picked.transpose(1, 2).flatten(2)
+
+
+def _evenly(rows: NDArray[np.int64]) -> slice | Tensor:
+    if len(rows) == 1:
+        return slice(int(rows[0]), int(rows[0]) + 1)
+    gaps = np.diff(rows)
+    if (gaps == gaps[0]).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1, int(gaps[0]))
+    return torch.from_numpy(rows)
+
+
+class _Keys:
+    """Key blocks of `[Z, blocks, BLOCK, D]` for one batch after another."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = _blocked(x, BLOCK)
+        self.buffer = self.x.new_empty(0)
+
+    def take(self, cols: NDArray[np.int64]) -> Tensor:
+        """The keys of a batch, `[Z, T, S * BLOCK, D]`: in place where they lie evenly."""
+        tiles, count = cols.shape
+        z, _, size, d = self.x.shape
+        apart = int(cols[1, 0] - cols[0, 0]) if tiles > 1 else 0
+        run = cols[0, 0] + np.arange(count)
+        if apart >= 0 and (cols == run + apart * np.arange(tiles)[:, None]).all():
+            stride = self.x.stride()
+            return self.x.as_strided(
+                (z, tiles, count * size, d),
+                (stride[0], apart * stride[1], stride[2], stride[3]),
+                self.x.storage_offset() + int(cols[0, 0]) * stride[1],
+            )
+        shape = (z, tiles * count, size, d)
+        total = z * tiles * count * size * d
+        if self.buffer.numel() < total:
+            self.buffer = self.x.new_empty(total)
+        out = self.buffer[:total].view(shape)
+        torch.index_select(self.x, 1, torch.from_numpy(cols.ravel()), out=out)
+        return out.view(z, tiles, count * size, d)
 
 
 def _blocked(x: Tensor, size: int) -> Tensor:
@@ -70,20 +206,18 @@ def forward(csr: BlockCSR, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tup
         out `[Z, G, n, Dv]` and lse `[Z, G, n]`; a row that sees nothing is 0 and -inf.
     """
     z, g, n, _ = q.shape
-    size = csr.frame.query_block
-    qb = _blocked(q.flatten(0, 1), size)
-    kb, vb = _blocked(k, size), _blocked(v, size)
-    out = q.new_zeros(z * g, qb.shape[1], size, v.shape[-1])
+    qb = _blocked(q.flatten(0, 1), BLOCK)
+    keys, values = _Keys(k), _Keys(v)
+    out = q.new_zeros(z * g, qb.shape[1], BLOCK, v.shape[-1])
     lse = q.new_full(out.shape[:3], -torch.inf, dtype=wide(q.dtype))
     for batch in batches(csr, z, k.shape[-1]):
-        tiles = len(batch.rows)
-        kt = kb.index_select(1, batch.cols).view(z, tiles, -1, k.shape[-1])
-        vt = vb.index_select(1, batch.cols).view(z, tiles, -1, v.shape[-1])
+        kt, vt = keys.take(batch.cols), values.take(batch.cols)
         mask = None if batch.mask is None else additive(batch.mask, q.dtype)[None]
         for head in range(g):
-            o, s = flash_forward(qb[head::g, batch.rows], kt, vt, scale, mask)
-            out[head::g, batch.rows] = o
-            lse[head::g, batch.rows] = s
+            pick = (slice(head, None, g), batch.rows)
+            o, s = flash_forward(qb[pick], kt, vt, scale, mask)
+            out[pick] = o
+            lse[pick] = s
     return out.flatten(1, 2)[:, :n].unflatten(0, (z, g)), lse.flatten(1, 2)[:, :n].unflatten(
         0, (z, g)
     )
@@ -102,18 +236,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, wide; shapes as `forward`."""
     z, g, n, d = q.shape
-    m, acc, size = k.shape[1], wide(q.dtype), csr.frame.query_block
-    qb, gb, ob = (_blocked(x.flatten(0, 1), size) for x in (q, grad_out, out))
-    sb = _blocked(lse.flatten(0, 1)[..., None], size)[..., 0]
-    db = None if grad_lse is None else _blocked(grad_lse.flatten(0, 1)[..., None], size)[..., 0]
-    kb, vb = _blocked(k, size), _blocked(v, size)
+    m, acc = k.shape[1], wide(q.dtype)
+    qb, gb, ob = (_blocked(x.flatten(0, 1), BLOCK) for x in (q, grad_out, out))
+    sb = _blocked(lse.flatten(0, 1)[..., None], BLOCK)[..., 0]
+    db = None if grad_lse is None else _blocked(grad_lse.flatten(0, 1)[..., None], BLOCK)[..., 0]
+    keys, values = _Keys(k), _Keys(v)
     dq = torch.zeros(qb.shape, dtype=acc)
-    dk, dv = torch.zeros(kb.shape, dtype=acc), torch.zeros(vb.shape, dtype=acc)
+    dk, dv = torch.zeros(keys.x.shape, dtype=acc), torch.zeros(values.x.shape, dtype=acc)
     for batch in batches(csr, z, d):
-        tiles = len(batch.rows)
-        kt = kb.index_select(1, batch.cols).view(z, tiles, -1, d)
-        vt = vb.index_select(1, batch.cols).view(z, tiles, -1, v.shape[-1])
+        kt, vt = keys.take(batch.cols), values.take(batch.cols)
         mask = None if batch.mask is None else additive(batch.mask, q.dtype)[None]
+        cols = torch.from_numpy(batch.cols.ravel())
         for head in range(g):
             pick = (slice(head, None, g), batch.rows)
             dlse = None if db is None else db[pick]
@@ -122,8 +255,8 @@ def backward(
             )
             dq[pick] = a.to(acc)
             # On the CPU index_add_ is sequential: the same bits every time.
-            dk.index_add_(1, batch.cols, b.to(acc).reshape(z, -1, size, d))
-            dv.index_add_(1, batch.cols, c.to(acc).reshape(z, -1, size, v.shape[-1]))
+            dk.index_add_(1, cols, b.to(acc).reshape(z, -1, BLOCK, d))
+            dv.index_add_(1, cols, c.to(acc).reshape(z, -1, BLOCK, v.shape[-1]))
     return (
         dq.flatten(1, 2)[:, :n].unflatten(0, (z, g)),
         dk.flatten(1, 2)[:, :m],
@@ -133,18 +266,25 @@ def backward(
 
 def seen(csr: BlockCSR) -> tuple[Tensor, Tensor]:
     """Which queries see some key, bool `[n]`, and which keys some query sees, bool `[m]`."""
-    size, n, m = csr.frame.query_block, csr.frame.n, csr.frame.m
-    queries = torch.zeros(csr.shape[0], size, dtype=torch.bool)
-    keys = torch.zeros(csr.shape[1], csr.frame.key_block, dtype=torch.bool)
-    rows, full = csr.row_ids(), csr.full
+    n, m = csr.frame.n, csr.frame.m
+    queries = torch.zeros(csr.shape[0], BLOCK, dtype=torch.bool)
+    keys = torch.zeros(csr.shape[1], BLOCK, dtype=torch.bool)
+    made = plan(csr)
+    rows = np.repeat(np.arange(csr.shape[0]), np.diff(made.indptr))
+    full = made.tile == _FULL
     queries[torch.from_numpy(rows[full])] = True
-    keys[torch.from_numpy(csr.indices[full].astype(np.int64))] = True
-    some_rows, some_cols = rows[~full], csr.indices[~full].astype(np.int64)
-    for start in range(0, len(some_rows), 256):
-        r, c = some_rows[start : start + 256], some_cols[start : start + 256]
-        mask = csr.entry_masks(r, c[:, None])
+    keys[torch.from_numpy(made.cols[full])] = True
+    rows, cols, looks = rows[~full], made.cols[~full], made.tile[~full]
+    for start in range(0, len(rows), _PARTIAL_AT_ONCE):
+        part = slice(start, start + _PARTIAL_AT_ONCE)
+        r, c = rows[part], cols[part]
+        masks = (
+            csr.entry_masks(r, c[:, None])
+            if made.tiles is None
+            else made.tiles[torch.from_numpy(looks[part])]
+        )
         # Rows repeat: several blocks may show one query something.
-        for at, row, col in zip(range(len(r)), r.tolist(), c.tolist(), strict=True):
-            queries[row] |= mask[at].any(1)
-            keys[col] |= mask[at].any(0)
+        for mask, row, col in zip(masks, r.tolist(), c.tolist(), strict=True):
+            queries[row] |= mask.any(1)
+            keys[col] |= mask.any(0)
     return queries.flatten()[:n], keys.flatten()[:m]

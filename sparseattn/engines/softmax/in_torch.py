@@ -2,7 +2,8 @@
 
 A call is cut into runs, and each run takes the first path that can serve it:
 
-1. `pieces`: one band (exact attention and windows), on torch's fused CPU kernel;
+1. `pieces`: bands (exact attention, windows), and unions that come apart into bands, on torch's
+   fused CPU kernel;
 2. `blocks`: any other static layout, on the same kernel;
 3. `slabs`: everything else, in plain torch.
 """
@@ -19,7 +20,7 @@ from ...call import AttentionCall
 from ...layout import BlockCSR, Grid
 from ...runs import Run, cut
 from ..op import KERNELS
-from . import blocks, pieces, slabs
+from . import blocks, pieces, slabs, unions
 from .primitive import wide
 
 _CSR_CACHE_BYTES = 64 * 2**20
@@ -50,10 +51,10 @@ _csr_cache = _CSRCache()
 
 
 @lru_cache(maxsize=512)
-def _band(
+def _pieces(
     mechanism: Any, n: int, m: int, causal: bool, offset: int
-) -> tuple[int | None, int | None] | None:
-    return mechanism.clauses(Grid(n, m, causal, offset)).as_band()
+) -> tuple[pieces.Piece, ...] | None:
+    return unions.plan(mechanism.clauses(Grid(n, m, causal, offset)))
 
 
 def _path(mechanism: Any, call: AttentionCall) -> tuple[str, Any]:
@@ -67,9 +68,9 @@ def _path(mechanism: Any, call: AttentionCall) -> tuple[str, Any]:
     )
     if not fused:
         return "slabs", slabs.lower(mechanism, call)
-    band = _band(mechanism, call.n, call.m, call.causal, int(call.offset))
-    if band is not None:
-        return "pieces", pieces.plan_band(call.n, call.m, int(call.offset), *band)
+    plan = _pieces(mechanism, call.n, call.m, call.causal, int(call.offset))
+    if plan is not None:
+        return "pieces", plan
     return "blocks", _csr_cache.get(mechanism, call, blocks.BLOCK)
 
 

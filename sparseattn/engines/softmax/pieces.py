@@ -6,13 +6,13 @@ merged by their lse, and each backward takes the total lse, so pieces never know
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .primitive import additive, flash_backward, flash_forward, merge, wide
+from .primitive import additive, flash_backward, flash_forward, wide
 
 # Elements of a rectangle's mask, which all heads share, and of one slab of folded key gradients.
 _MASK_ELEMENTS = 2**18
@@ -34,6 +34,12 @@ class Rect:
     causal: bool = False
     band: tuple[int, int] | None = None
     shift: int = 0
+
+    def moved(self, rows: int, keys: int) -> Rect:
+        """The same piece, some rows and keys further on."""
+        return replace(
+            self, r0=self.r0 + rows, r1=self.r1 + rows, k0=self.k0 + keys, k1=self.k1 + keys
+        )
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,48 @@ class Fold:
     def width(self) -> int:
         return self.size + self.left + self.right
 
+    def moved(self, rows: int, keys: int) -> Fold:
+        """The same piece, some rows and keys further on."""
+        return replace(self, r0=self.r0 + rows, k0=self.k0 + keys)
 
-Piece = Rect | Fold
+
+@dataclass(frozen=True)
+class Stack:
+    """`tiles` squares of `size` queries from `r0` and keys from `k0`, one after the other."""
+
+    r0: int
+    k0: int
+    tiles: int
+    size: int
+    causal: bool
+
+    @property
+    def r1(self) -> int:
+        return self.r0 + self.tiles * self.size
+
+
+@dataclass(frozen=True)
+class Comb:
+    """Classes of positions alike modulo `step`, each with pieces of its own.
+
+    Class c has the rows `r0 + c`, `r0 + c + step`, ..., `rows` of them, and the keys from `k0 + c`
+    likewise; `inner` counts rows and keys within a class.
+    """
+
+    r0: int
+    k0: int
+    step: int
+    classes: int
+    rows: int
+    keys: int
+    inner: tuple[Rect | Fold, ...]
+
+    @property
+    def r1(self) -> int:
+        return self.r0 + (self.rows - 1) * self.step + self.classes
+
+
+Piece = Rect | Fold | Stack | Comb
 
 
 def fold_size(left: int, right: int) -> int:
@@ -71,7 +117,7 @@ def fold_size(left: int, right: int) -> int:
 @lru_cache(maxsize=256)
 def plan_band(
     n: int, m: int, offset: int, left: int | None, right: int | None
-) -> tuple[Piece, ...]:
+) -> tuple[Rect | Fold, ...]:
     """Pieces for `-left <= j - p <= right`, p = offset + row, over n rows and m keys."""
     far = n + m + abs(offset)
     left = far if left is None else min(left, far)
@@ -93,7 +139,7 @@ def plan_band(
     )
 
 
-def _edge(r0: int, r1: int, m: int, offset: int, left: int, right: int) -> list[Piece]:
+def _edge(r0: int, r1: int, m: int, offset: int, left: int, right: int) -> list[Rect]:
     """Rectangles for rows that a fold cannot serve: near either end, or of a wide band."""
     if r0 >= r1:
         return []
@@ -102,18 +148,19 @@ def _edge(r0: int, r1: int, m: int, offset: int, left: int, right: int) -> list[
     if p1 - left <= k0 and p0 + right >= k1 - 1:
         return [Rect(r0, r1, k0, k1)]
     if right == 0 and p1 - left <= 0 and p0 >= 0:
-        square = Rect(r0, r1, p0, p1 + 1, causal=True)
-        return [square] if p0 == 0 else [square, Rect(r0, r1, 0, p0)]
+        # Where keys run out, the square is cut: later rows see all that is left of it.
+        pieces = [Rect(r0, r1, p0, k1, causal=True)] if p0 < k1 else []
+        return pieces if p0 == 0 else [*pieces, Rect(r0, r1, 0, min(p0, k1))]
     rows = max(16, _MASK_ELEMENTS // (k1 - k0))
     if rows >= r1 - r0:
         return [Rect(r0, r1, k0, k1, band=(left, right), shift=k0 - p0)]
-    pieces: list[Piece] = []
+    pieces = []
     for start in range(r0, r1, rows):
         pieces += _edge_slab(start, min(start + rows, r1), m, offset, left, right)
     return pieces
 
 
-def _edge_slab(r0: int, r1: int, m: int, offset: int, left: int, right: int) -> list[Piece]:
+def _edge_slab(r0: int, r1: int, m: int, offset: int, left: int, right: int) -> list[Rect]:
     p0, p1 = r0 + offset, r1 - 1 + offset
     k0, k1 = max(0, p0 - left), min(m, p1 + right + 1)
     if p1 - left <= k0 and p0 + right >= k1 - 1:
@@ -130,7 +177,7 @@ def _band_mask(
     return additive((distance >= -left) & (distance <= right), dtype)
 
 
-def _mask_of(piece: Piece, dtype: torch.dtype) -> Tensor | None:
+def _mask_of(piece: Rect | Fold, dtype: torch.dtype) -> Tensor | None:
     if isinstance(piece, Fold):
         # Column 0 of a tile is `left` keys before its first query.
         return _band_mask(piece.size, piece.width, piece.left, piece.right, -piece.left, dtype)
@@ -161,44 +208,112 @@ def forward(
     lse = q.new_empty(z, g, n, dtype=wide(q.dtype))
     done: list[tuple[int, int]] = []
     for piece in pieces:
-        rows = slice(piece.r0, piece.r1)
+        _blank(out, lse, done, piece)
         shared = any(a < piece.r1 and piece.r0 < b for a, b in done)
         done.append((piece.r0, piece.r1))
-        mask = _mask_of(piece, q.dtype)
-        for head in range(g):
-            if isinstance(piece, Fold):
-                tile = (piece.tiles, piece.size)
-                o, s = flash_forward(
-                    q[:, head, rows].unflatten(1, tile),
-                    _fold_keys(k, piece, 0, piece.tiles),
-                    _fold_keys(v, piece, 0, piece.tiles),
-                    scale,
-                    mask,
+        if isinstance(piece, Comb):
+            o, s = forward(piece.inner, *_teeth(piece, q, k, v), scale)
+            parts = [(_comb(out, piece, True), _comb(lse, piece, True), o, s)]
+            parts = [(a, b, o.view(a.shape), s.view(b.shape)) for a, b, o, s in parts]
+        else:
+            rows = slice(piece.r0, piece.r1)
+            parts = [
+                (
+                    out[:, head, rows],
+                    lse[:, head, rows],
+                    *_piece(piece, q[:, head, rows], k, v, scale),
                 )
-                o, s = o.flatten(1, 2), s.flatten(1, 2)
-            else:
-                keys = slice(piece.k0, piece.k1)
-                o, s = flash_forward(
-                    q[:, head, rows][None],
-                    k[:, keys][None],
-                    v[:, keys][None],
-                    scale,
-                    mask,
-                    piece.causal,
-                )
-                o, s = o[0], s[0]
+                for head in range(g)
+            ]
+        for into, into_lse, o, s in parts:
             if shared:
-                merge(out[:, head, rows], lse[:, head, rows], o, s)
+                _merge(into, into_lse, o, s)
             else:
-                out[:, head, rows] = o
-                lse[:, head, rows] = s
-    start = 0
-    for a, b in [*sorted(done), (n, n)]:
+                into.copy_(o)
+                into_lse.copy_(s)
+    _blank(out, lse, done, None)
+    return out, lse
+
+
+def _piece(
+    piece: Rect | Fold | Stack, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One piece for one query head of each group: its rows of q `[Z, rows, D]`."""
+    if isinstance(piece, Rect):
+        keys = slice(piece.k0, piece.k1)
+        mask = _mask_of(piece, q.dtype)
+        o, s = flash_forward(q[None], k[None, :, keys], v[None, :, keys], scale, mask, piece.causal)
+        return o[0], s[0]
+    tiled = q.unflatten(1, (piece.tiles, piece.size))
+    if isinstance(piece, Stack):
+        o, s = flash_forward(
+            tiled, _stacked(k, piece), _stacked(v, piece), scale, None, piece.causal
+        )
+    else:
+        o, s = flash_forward(
+            tiled,
+            _fold_keys(k, piece, 0, piece.tiles),
+            _fold_keys(v, piece, 0, piece.tiles),
+            scale,
+            _mask_of(piece, q.dtype),
+        )
+    return o.flatten(1, 2), s.flatten(1, 2)
+
+
+def _blank(out: Tensor, lse: Tensor, done: list[tuple[int, int]], piece: Piece | None) -> None:
+    """Empty the rows that no piece has served yet: all at the end, or those of a piece that serves
+    no rows in between, or that shares only some of its own."""
+    first, last = (0, out.shape[2]) if piece is None else (piece.r0, piece.r1)
+    inside = sorted((max(a, first), min(b, last)) for a, b in done if a < last and first < b)
+    if piece is not None and not inside and not isinstance(piece, Comb):
+        return
+    start = first
+    for a, b in [*inside, (last, last)]:
         if a > start:
             out[:, :, start:a] = 0
             lse[:, :, start:a] = -torch.inf
         start = max(start, b)
-    return out, lse
+    if piece is not None:
+        done.append((first, last))
+
+
+def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+    """Add the part `more` to `out` in place: `[..., Dv]` and lse `[...]` of disjoint keys."""
+    total = torch.logaddexp(lse, more_lse)
+    base = total.masked_fill(total == -torch.inf, 0.0)
+    old, new = (lse - base).exp_()[..., None], (more_lse - base).exp_()[..., None]
+    if out.dtype == old.dtype:
+        out.mul_(old).addcmul_(more, new)
+    else:
+        out.copy_(out * old + more * new)
+    lse.copy_(total)
+
+
+def _stacked(x: Tensor, piece: Stack) -> Tensor:
+    """`[Z, m, D]` as the squares' keys `[Z, tiles, size, D]`."""
+    keys = x[:, piece.k0 : piece.k0 + piece.tiles * piece.size]
+    return keys.unflatten(1, (piece.tiles, piece.size))
+
+
+def _comb(x: Tensor, piece: Comb, rows: bool) -> Tensor:
+    """A view by classes: `[Z, G, n, ...]` as `[Z, classes, G, rows, ...]`, or `[Z, m, D]` as
+    `[Z, classes, keys, D]`."""
+    axis, start, count = (2, piece.r0, piece.rows) if rows else (1, piece.k0, piece.keys)
+    stride = x.stride()
+    inner = (*x.shape[1:axis], count, *x.shape[axis + 1 :])
+    strides = (*stride[1:axis], piece.step * stride[axis], *stride[axis + 1 :])
+    return x.as_strided(
+        (x.shape[0], piece.classes, *inner),
+        (stride[0], stride[axis], *strides),
+        x.storage_offset() + start * stride[axis],
+    )
+
+
+def _teeth(piece: Comb, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies by class: the classes join Z."""
+    return tuple(  # type: ignore[return-value]
+        _comb(x, piece, x.ndim == 4).flatten(0, 1).contiguous() for x in (q, k, v)
+    )
 
 
 def backward(
@@ -217,21 +332,59 @@ def backward(
     dq = torch.zeros(q.shape, dtype=acc)
     dk, dv = torch.zeros(k.shape, dtype=acc), torch.zeros(v.shape, dtype=acc)
     for piece in pieces:
-        mask = _mask_of(piece, q.dtype)
+        if isinstance(piece, Comb):
+            _comb_backward(piece, (grad_out, grad_lse, q, k, v, out, lse), scale, dq, dk, dv)
+            continue
+        mask = None if isinstance(piece, Stack) else _mask_of(piece, q.dtype)
         for head in range(q.shape[1]):
             dlse = None if grad_lse is None else grad_lse[:, head]
             args = (grad_out[:, head], dlse, q[:, head], k, v, out[:, head], lse[:, head])
+            rows = slice(piece.r0, piece.r1)
             if isinstance(piece, Fold):
                 _fold_backward(piece, mask, args, scale, dq[:, head], dk, dv)
                 continue
-            rows, keys = slice(piece.r0, piece.r1), slice(piece.k0, piece.k1)
-            cut = (rows, rows, rows, keys, keys, rows, rows)
-            part = (None if x is None else x[:, c][None] for x, c in zip(args, cut, strict=True))
-            a, b, c = flash_backward(*part, scale, mask, piece.causal)  # type: ignore[arg-type]
-            dq[:, head, rows] += a[0]
-            dk[:, keys] += b[0]
-            dv[:, keys] += c[0]
+            if isinstance(piece, Stack):
+                tile = (piece.tiles, piece.size)
+                keys = slice(piece.k0, piece.k0 + piece.tiles * piece.size)
+                cut = (rows, rows, rows, keys, keys, rows, rows)
+                part = [
+                    None if x is None else x[:, c].unflatten(1, tile)
+                    for x, c in zip(args, cut, strict=True)
+                ]
+                grads = [
+                    x.flatten(1, 2)
+                    for x in flash_backward(*part, scale, None, piece.causal)  # type: ignore[arg-type]
+                ]
+            else:
+                keys = slice(piece.k0, piece.k1)
+                cut = (rows, rows, rows, keys, keys, rows, rows)
+                part = [
+                    None if x is None else x[None, :, c] for x, c in zip(args, cut, strict=True)
+                ]
+                grads = [x[0] for x in flash_backward(*part, scale, mask, piece.causal)]  # type: ignore[arg-type]
+            dq[:, head, rows] += grads[0]
+            dk[:, keys] += grads[1]
+            dv[:, keys] += grads[2]
     return dq, dk, dv
+
+
+def _comb_backward(
+    piece: Comb,
+    args: tuple[Tensor | None, ...],
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    by_row = (True, True, True, False, False, True, True)
+    parts = (
+        None if x is None else _comb(x, piece, rows).flatten(0, 1).contiguous()
+        for x, rows in zip(args, by_row, strict=True)
+    )
+    grads = backward(piece.inner, *parts, scale)  # type: ignore[arg-type]
+    for total, grad, rows in zip((dq, dk, dv), grads, (True, False, False), strict=True):
+        view = _comb(total, piece, rows)
+        view += grad.view(view.shape)
 
 
 def _fold_backward(

@@ -42,7 +42,7 @@ def _attach_traced(mechanism: Any, q: Tensor, k: Tensor, call: AttentionCall) ->
     if masked or isinstance(call.q_offset, Tensor):
         raise UnsupportedCallError(
             f"{mechanism!r} cannot choose its keys in traced or vmapped code when key_mask, "
-            'segments or a tensor q_offset are given; use an engine (impl="torch") or call it eagerly'
+            'segments or a tensor q_offset are given; use an engine (impl="torch"), or call eagerly'
         )
     return call.replace(selection=mechanism.select(q, k, call).to(torch.int32))
 
