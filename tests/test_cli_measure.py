@@ -223,16 +223,16 @@ def row(**given: Any) -> dict[str, Any]:
 def test_a_row_says_what_its_reader_must_know(capsys):
     results.print_comparison(
         [
-            row(mechanism="bad", error={"rel_l2": 2.0, "row_p95": 3.0, "vs_mean_of_values": 1.2}),
+            row(mechanism="bad", notes=["worse than the mean of the values"]),
             row(mechanism="broken", status="failed", reason="error 3 is over its budget"),
-            row(mechanism="other", nature="different_function"),
+            row(mechanism="other", notes=["another function", "a second note"]),
             row(mechanism="best", pareto=True, time={"median_s": 0.00123, "iqr_s": 2e-6}),
         ]
     )
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
     assert "worse than the mean of the values" in lines["bad"]
     assert "failed: error 3 is over its budget" in lines["broken"]
-    assert "pretrained softmax weights need training" in lines["other"]
+    assert "another function; a second note" in lines["other"]
     assert "1.23 ms" in lines["best"] and "2 us" in lines["best"] and "pareto" in lines["best"]
     assert "worse" not in lines["best"]
 

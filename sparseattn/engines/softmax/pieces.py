@@ -278,15 +278,18 @@ def _blank(out: Tensor, lse: Tensor, done: list[tuple[int, int]], piece: Piece |
 
 
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
-    """Add the part `more` to `out` in place: `[..., Dv]` and lse `[...]` of disjoint keys."""
-    total = torch.logaddexp(lse, more_lse)
-    base = total.masked_fill(total == -torch.inf, 0.0)
-    old, new = (lse - base).exp_()[..., None], (more_lse - base).exp_()[..., None]
+    """Add the part `more` to `out` in place: `[..., Dv]` and lse `[...]` of disjoint keys.
+
+    Only the difference of the two counts, so that a rounding of either moves weight between the
+    parts and changes no sum of weights: a small part brings a small error.
+    """
+    new = torch.sigmoid(more_lse - lse).masked_fill_(more_lse == -torch.inf, 0.0)[..., None]
+    old = 1 - new
     if out.dtype == old.dtype:
         out.mul_(old).addcmul_(more, new)
     else:
         out.copy_(out * old + more * new)
-    lse.copy_(total)
+    lse.copy_(torch.logaddexp(lse, more_lse))
 
 
 def _stacked(x: Tensor, piece: Stack) -> Tensor:
@@ -351,17 +354,16 @@ def backward(
                     None if x is None else x[:, c].unflatten(1, tile)
                     for x, c in zip(args, cut, strict=True)
                 ]
-                grads = [
-                    x.flatten(1, 2)
-                    for x in flash_backward(*part, scale, None, piece.causal)  # type: ignore[arg-type]
-                ]
+                found = flash_backward(*part, scale, None, piece.causal)  # type: ignore[arg-type,call-arg]
+                grads = [x.flatten(1, 2) for x in found]
             else:
                 keys = slice(piece.k0, piece.k1)
                 cut = (rows, rows, rows, keys, keys, rows, rows)
                 part = [
                     None if x is None else x[None, :, c] for x, c in zip(args, cut, strict=True)
                 ]
-                grads = [x[0] for x in flash_backward(*part, scale, mask, piece.causal)]  # type: ignore[arg-type]
+                found = flash_backward(*part, scale, mask, piece.causal)  # type: ignore[arg-type,call-arg]
+                grads = [x[0] for x in found]
             dq[:, head, rows] += grads[0]
             dk[:, keys] += grads[1]
             dv[:, keys] += grads[2]
@@ -381,7 +383,7 @@ def _comb_backward(
         None if x is None else _comb(x, piece, rows).flatten(0, 1).contiguous()
         for x, rows in zip(args, by_row, strict=True)
     )
-    grads = backward(piece.inner, *parts, scale)  # type: ignore[arg-type]
+    grads = backward(piece.inner, *parts, scale)  # type: ignore[arg-type,call-arg]
     for total, grad, rows in zip((dq, dk, dv), grads, (True, False, False), strict=True):
         view = _comb(total, piece, rows)
         view += grad.view(view.shape)

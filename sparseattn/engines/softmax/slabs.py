@@ -155,8 +155,8 @@ def backward(
             qs,
             ks,
             vs,
-            o,
-            s,
+            o,  # type: ignore[arg-type]
+            s,  # type: ignore[arg-type]
             call.scale,
             slab.mask,
             call.softcap,

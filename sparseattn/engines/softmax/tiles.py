@@ -74,7 +74,8 @@ class _Head:
         self.mask = np.zeros(self.count * self.size, dtype=bool)
         self.mask[: call.m] = True if call.key_mask is None else call.key_mask[b].numpy()
         blocks = self.mask.reshape(self.count, self.size)
-        self.some, self.whole = blocks.any(1), blocks.all(1)
+        self.some: NDArray[np.bool_] = np.any(blocks, axis=1)
+        self.whole: NDArray[np.bool_] = np.all(blocks, axis=1)
 
     def place(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The last key position that causality allows some rows."""
@@ -141,8 +142,8 @@ class _Head:
         at = (np.cumsum(members) - members)[group][:, None] + np.minimum(within, most - 1)
         slots = np.empty(len(row), dtype=np.int64)
         slots[order] = np.flatnonzero(real)
-        tensors = (torch.from_numpy(x) for x in (row[order][at], real, group))
-        return Family(*tensors, cut), slots
+        rows, held, blocks = (torch.from_numpy(x) for x in (row[order][at], real, group))
+        return Family(rows, held, blocks, cut), slots
 
     def hidden(self, tiles: Tiles) -> Tensor:
         """The keys that none of the tiles' rows sees: bool `[blocks * size, 1]`."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from ...clauses import Band, Chunks, FirstKeys, FirstQueries, Step, Term
 from ...layout import Layout
-from .pieces import Comb, Piece, Stack, plan_band
+from .pieces import Comb, Fold, Piece, Rect, Stack, plan_band
 
 # A union of more boxes than this is served as blocks, and so are chunks narrower than this.
 _MOST_BOXES = 24
@@ -125,7 +125,7 @@ def _pieces(box: Box, offset: int) -> Iterator[Piece]:
             yield Comb(box.r0 + row, box.k0 + row + ahead, step, classes, rows, keys, inner)
 
 
-def _band(n: int, m: int, place: int, low: int, high: int) -> tuple[Piece, ...]:
+def _band(n: int, m: int, place: int, low: int, high: int) -> tuple[Rect | Fold, ...]:
     """Pieces for `low <= j - p <= high`, whatever the signs."""
     shift = min(high, 0) + max(low, 0)  # at most one of them is not 0
     if n == 0 or m == 0 or low > high:
