@@ -12,7 +12,7 @@ _HOMES = {
     "AttentionCall": "call",
     "BlockLayout": "layout",
     "Grid": "layout",
-    "Implementation": "base",
+    "Implementation": "implementation",
     "InvalidInputError": "errors",
     "KernelizedLinear": "base",
     "Layout": "layout",
@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .base import Implementation, KernelizedLinear, MaskedSoftmax, Mechanism
+    from .base import KernelizedLinear, MaskedSoftmax, Mechanism
     from .call import AttentionCall
     from .errors import (
         InvalidInputError,
@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     )
     from .functional import attention, attention_weights, explain
     from .hookspecs import hookimpl
+    from .implementation import Implementation
     from .layout import BlockLayout, Grid, Layout
     from .registry import list_mechanisms, mechanism, prefer, register_mechanism
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from . import specs
 from .base import (
     NATURES,
-    Implementation,
     KernelizedLinear,
     MaskedSoftmax,
     Mechanism,
     format_spec,
 )
 from .errors import PluginError
+from .implementation import Implementation
 from .specs import NAME
 
 # The parameters of attention(), which takes options beside them; it lives on a higher floor.

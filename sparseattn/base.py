@@ -1,4 +1,4 @@
-"""What an author writes: `Mechanism`, `MaskedSoftmax`, `KernelizedLinear`, `Implementation`."""
+"""What an author writes: `Mechanism`, `MaskedSoftmax`, `KernelizedLinear`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from .cache import Cache, KeyCache
 from .cache_ring import RingCache, bound_of, sees_all
 from .cache_state import StateCache
 from .call import AttentionCall
-from .engines import op
-from .engines.linear import in_torch as _linear_in_torch  # noqa: F401  (registers its kernel)
-from .engines.softmax import in_torch as _softmax_in_torch  # noqa: F401  (registers its kernel)
+from .digits import wide
 from .engines.softmax import pattern, selection
-from .errors import UnsupportedCallError
+from .implementation import EngineImplementation, Implementation, engine_implementations
 from .layout import Grid, Layout
 
 NATURES = ("exact", "masked_softmax", "softmax_estimate", "different_function")
@@ -38,104 +36,6 @@ def format_spec(mechanism: Mechanism) -> str:
         for f in dataclasses.fields(mechanism)
     )
     return f"{mechanism.name}({options})" if options else mechanism.name
-
-
-class Implementation:
-    """A way to compute a mechanism. Subclasses give `name`, `supports` and `run`."""
-
-    name: ClassVar[str] = ""
-
-    def supports(self, mechanism: Mechanism, call: AttentionCall) -> list[str]:
-        """Why this implementation cannot serve the call; empty when it can.
-
-        Reads static facts only (sizes, dtype, device, which masks are given), never tensor values.
-        """
-        return []
-
-    def run(
-        self, mechanism: Mechanism, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute the call in differentiable torch.
-
-        Args:
-            q, k, v: `[B, Hq, N, D]`, `[B, Hkv, M, D]`, `[B, Hkv, M, Dv]`, of `call.dtype`.
-
-        Returns:
-            out `[B, Hq, N, Dv]` in q's dtype, and lse `[B, Hq, N]` in float32 (float64 for
-            float64) or None.
-        """
-        raise UnsupportedCallError(f"implementation {self.name!r} defines no run()")
-
-    def step(
-        self,
-        mechanism: Mechanism,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cache: Cache,
-        call: AttentionCall,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute a call with a cache, which this must not change: `attention` appends afterwards.
-
-        The default has the cache call `run` on the keys it keeps, or use what an engine gives it.
-
-        Args:
-            q, k, v: of the new tokens: `[B, Hq, n, D]`, `[B, Hkv, n, D]`, `[B, Hkv, n, Dv]`.
-            cache: holds the `cache.length` tokens before them.
-            call: `n` counts the new tokens, `m` and `key_mask` all of them.
-
-        Returns:
-            as `run`.
-        """
-        return cache.attend(self, q, k, v, call)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r})"
-
-
-class Reference(Implementation):
-    """The definition itself in float64, rounded to the inputs' dtype at the end."""
-
-    name = "reference"
-
-    def run(
-        self, mechanism: Mechanism, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
-    ) -> tuple[Tensor, Tensor | None]:
-        out, lse = reference.evaluate(mechanism, q, k, v, call)
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return out.to(q.dtype), None if lse is None else lse.to(wide)
-
-
-class EngineImplementation(Implementation):
-    """One of the core's engines, through the operator; gradients, compile and export included."""
-
-    def __init__(self, engine: str, name: str) -> None:
-        self.name = name  # type: ignore[misc]
-        self.engine = engine
-        self.kernel = f"{engine}:{name}"
-
-    def supports(self, mechanism: Mechanism, call: AttentionCall) -> list[str]:
-        return op.KERNELS[self.kernel].supports(mechanism, call)
-
-    def run(
-        self, mechanism: Mechanism, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
-    ) -> tuple[Tensor, Tensor | None]:
-        call = mechanism.with_selection(q, k, call)
-        out, lse = op.attend(mechanism, self.kernel, q, k, v, call)
-        return out, lse if self.engine == "softmax" else None
-
-
-REFERENCE = Reference()
-_ENGINE_IMPLEMENTATIONS: dict[str, EngineImplementation] = {}
-
-
-def engine_implementations(engine: str) -> tuple[Implementation, ...]:
-    """What an engine offers, the fastest first; a kernel appears here once it is registered."""
-    names = [f"{engine}:{name}" for name in ("triton", "native", "torch")]
-    for kernel in names:
-        if kernel in op.KERNELS and kernel not in _ENGINE_IMPLEMENTATIONS:
-            _ENGINE_IMPLEMENTATIONS[kernel] = EngineImplementation(*kernel.split(":"))
-    return tuple(_ENGINE_IMPLEMENTATIONS[k] for k in names if k in _ENGINE_IMPLEMENTATIONS)
 
 
 class Mechanism:
@@ -397,16 +297,16 @@ class KernelizedLinear(Mechanism):
     def weights(self, q: Tensor, k: Tensor, call: AttentionCall) -> Tensor:
         # Feature maps are float32 or wider by contract; the products are in q's dtype, so that the
         # same lines serve as the oracle (float64) and as the naive computation (q's dtype).
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        acc = wide(q.dtype)
         place = call.placement()
-        phi_q = self.query_map(q.to(wide), place.q[:, None], call).to(q.dtype)
-        phi_k = self.feature_map(k.to(wide), place.k[:, None], call).to(q.dtype)
+        phi_q = self.query_map(q.to(acc), place.q[:, None], call).to(q.dtype)
+        phi_k = self.feature_map(k.to(acc), place.k[:, None], call).to(q.dtype)
         scores = reference.grouped_scores(phi_q, phi_k)
         mask = call.allowed()
         gamma = self.decay(call)
         if gamma is not None:
-            distance = (place.q[:, :, None] - place.k[:, None, :])[:, None].to(wide)
-            powers = gamma.to(q.device, wide)[None, :, None, None] ** distance.clamp(min=0)
+            distance = (place.q[:, :, None] - place.k[:, None, :])[:, None].to(acc)
+            powers = gamma.to(q.device, acc)[None, :, None, None] ** distance.clamp(min=0)
             scores = scores * powers.to(q.dtype)
         scores = scores.masked_fill(~mask, 0.0)
         if not self.normalize:

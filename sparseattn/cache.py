@@ -13,6 +13,7 @@ A call has three steps, and only the last changes the cache: `admit` checks it, 
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ from .clauses import as_int
 from .errors import InvalidInputError, UnsupportedCallError
 
 if TYPE_CHECKING:
-    from .base import Implementation, Mechanism
+    from .base import Mechanism
+    from .implementation import Implementation
 
 # A static pattern's few new queries weigh all kept keys by its definition, at no more than this
 # many rows: a layout for each length would cost more than it saves.
@@ -62,7 +64,7 @@ def starts(
     return None if not any(found) else found
 
 
-class Cache:
+class Cache(abc.ABC):
     """What every cache shares; made by `Mechanism.new_cache`.
 
     Attributes:
@@ -133,13 +135,15 @@ class Cache:
 
     # What a kind of cache gives.
 
+    @abc.abstractmethod
     def _tensors(self) -> list[Tensor]:
-        raise NotImplementedError
+        """All that is held."""
 
+    @abc.abstractmethod
     def serves(self, implementation: Implementation, call: AttentionCall) -> list[str]:
         """Why an implementation cannot compute a call on what is kept; empty when it can."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def attend(
         self, implementation: Implementation, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> tuple[Tensor, Tensor | None]:
@@ -153,16 +157,18 @@ class Cache:
         Returns:
             out `[B, Hq, n, Dv]` in q's dtype; lse `[B, Hq, n]` or None, as an implementation's.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _append(self, k: Tensor, v: Tensor, call: AttentionCall, ready: Any) -> None:
-        raise NotImplementedError
+        """Keep new tokens; `ready` is what `attend` made for them, or None."""
 
+    @abc.abstractmethod
     def _select(self, index: Tensor) -> None:
-        raise NotImplementedError
+        """Row b becomes what row `index[b]` was."""
 
+    @abc.abstractmethod
     def _clear(self) -> None:
-        raise NotImplementedError
+        """Hold nothing."""
 
     # What all have.
 

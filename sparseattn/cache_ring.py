@@ -20,7 +20,8 @@ from .errors import SparseAttnError
 from .layout import Grid
 
 if TYPE_CHECKING:
-    from .base import Implementation, Mechanism
+    from .base import Mechanism
+    from .implementation import Implementation
 
 # Grids on which a pattern must say the same of itself, to be believed for all.
 _GRIDS = ((1, 1), (48, 48), (1, 2**12), (1, 2**16))

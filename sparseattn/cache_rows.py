@@ -12,20 +12,19 @@ import torch
 from torch import Tensor
 
 from .call import AttentionCall
-from .engines.op import _sinking
-from .engines.softmax.primitive import additive, flash_forward, math_forward, wide
+from .digits import doubled, wide
+from .engines.op import FEW_PAIRS, sinking
+from .engines.softmax.primitive import additive, flash_forward, math_forward
 
-# As in the operator: the rounding of single numbers shows in the greatest error of a small result,
-# so few pairs a row of the batch are computed with twice the digits.
-_FEW_PAIRS = 2**12
-_FEW_NUMBERS = 2**17  # while that means copying no more than so many numbers of k
+# Few pairs get twice the digits, as in the operator, while that copies no more numbers of k.
+_FEW_NUMBERS = 2**17
 
 
 def _digits(call: AttentionCall, keys: int) -> torch.dtype:
-    few = call.q_heads * call.n * keys < _FEW_PAIRS
+    few = call.q_heads * call.n * keys < FEW_PAIRS
     if not few or keys * call.kv_heads * call.head_dim > _FEW_NUMBERS:
         return call.dtype
-    return torch.float64 if call.dtype == torch.float32 else wide(call.dtype)
+    return doubled(call.dtype)
 
 
 def attend_rows(
@@ -54,7 +53,7 @@ def attend_rows(
         dtype = _digits(call, keys)
         out, lse = _masked(q.to(dtype), k.to(dtype), v.to(dtype), mask, call)
     if call.sink_logits is not None:
-        out, lse = _sinking(out, lse, call.sink_logits[None])
+        out, lse = sinking(out, lse, call.sink_logits[None])
     return out.to(q.dtype), lse.to(acc)
 
 

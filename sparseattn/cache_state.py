@@ -14,10 +14,11 @@ from torch import Tensor
 
 from .cache import Cache, keeping, starts
 from .call import AttentionCall
-from .engines.linear.state import widest
+from .digits import widest
+from .engines.linear.state import without_later
 
 if TYPE_CHECKING:
-    from .base import Implementation
+    from .implementation import Implementation
 
 _CHUNK = 64  # tokens whose pairs are weighed one by one
 _MOST_KEYS = 2**24  # what so many keys lose by underflow is below a rounding of the sum
@@ -114,10 +115,8 @@ class StateCache(Cache):
             if mask is not None:
                 hidden = ~mask[:, None, :, None]
                 k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-            if call.n > 1 and not bool(
-                torch.isfinite(k.sum(dtype=self.wide) + v.sum(dtype=self.wide))
-            ):
-                k, v, later = _without_later(k, v)
+            if call.n > 1:
+                k, v, later = without_later(k, v)
             first = starts(self._first, self.length, call, mask)
             wide = call.to_dtype(self.wide)
             sums = self._sums
@@ -232,14 +231,6 @@ class StateCache(Cache):
             some = (seen > -torch.inf).repeat_interleave(groups, dim=1)
             weight = weight.masked_fill((weight < least) & some, torch.nan)
         return out / weight.masked_fill(weight == 0, torch.inf), after
-
-
-def _without_later(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """k and v that are finite, and what was not: bool `[B, Hkv, n, Dv]`, from its token onwards.
-    A NaN times the 0 of a later key would reach the rows before it."""
-    bad_key, bad_value = ~torch.isfinite(k).all(-1, keepdim=True), ~torch.isfinite(v)
-    later = (bad_key | bad_value).cumsum(2) > 0
-    return k.masked_fill(bad_key, 0.0), v.masked_fill(bad_value, 0.0), later
 
 
 def _decays(gamma: Tensor, rows: int) -> _Factors:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import specs
-from .base import Implementation, Mechanism
+from .base import Mechanism
 from .discovery import ENVIRONMENT, PluginRecord, Staged
 from .errors import did_you_mean
+from .implementation import Implementation
 
 
 @dataclass(frozen=True)

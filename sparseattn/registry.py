@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import admission, discovery, specs
-from .base import Implementation, Mechanism
+from .base import Mechanism
 from .claims import (
     Claim,
     Claims,
@@ -32,6 +32,7 @@ from .errors import (
     UnknownOptionError,
     did_you_mean,
 )
+from .implementation import Implementation
 from .preference import Preference
 from .preference import preferred as preferred
 

@@ -89,6 +89,12 @@ def check_law(mech, q, k, v, cuts=tuple(CUTS), **kw):
     return cache
 
 
+def apart(mech, q, k, v, **kw) -> float:
+    """How far two right outputs of one call may be from each other: each has its budget."""
+    call = sa.AttentionCall.make(q, k, v, causal=True, **kw)
+    return 2 * Budgets(mech, q, k, v, call).out_budget
+
+
 def _without(kw: dict[str, Any], *words: str) -> dict[str, Any]:
     return {word: value for word, value in kw.items() if word not in words}
 

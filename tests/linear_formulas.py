@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -152,3 +153,15 @@ def budget(ref: Tensor, naive: Tensor) -> float:
     in_dtype = ref.to(naive.dtype)
     rounding = ((in_dtype + 0.3 - 0.3).double() - in_dtype.double()).abs().max()
     return 2 * (naive.double() - ref).abs().max().item() + 2 * rounding.item()
+
+
+MECHANISMS = [mechanism for mechanism, _ in CASES]
+every = pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
+either = pytest.mark.parametrize(
+    ("mechanism", "causal"),
+    [
+        pytest.param(m, causal, id=f"{m.name}-{'causal' if causal else 'all'}")
+        for m in MECHANISMS
+        for causal in ((True,) if m.name == "retention" else (False, True))
+    ],
+)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sparseattn as sa
 from sparseattn import reference
-from sparseattn.base import REFERENCE
+from sparseattn.implementation import REFERENCE
 
 Result = tuple[Tensor, "Tensor | None"]
 Run = Callable[[sa.Mechanism, Tensor, Tensor, Tensor, sa.AttentionCall], Result]

@@ -11,6 +11,7 @@ from cache_runs import (
     HQ,
     NAMES,
     RINGS,
+    apart,
     cache_for,
     caching,
     check_law,
@@ -194,7 +195,8 @@ def test_beam_search_moves_rows(name):
         joined = [torch.cat([x[index][:, :, :30], x[:, :, 30:]], 2) for x in (q, k, v)]
         whole = torch.cat([mask[index][:, :30], mask[:, 30:]], 1)
         expected = decode(mech, *joined, "step then chunk", key_mask=whole)[0][:, :, 30:]
-        assert torch.allclose(out, expected, rtol=1e-4, atol=1e-5)
+        limit = apart(mech, *joined, key_mask=whole)
+        assert (out - expected).abs().max() <= limit
         for bad in ([0], [0, 2], [-1, 0]):
             with pytest.raises(sa.InvalidInputError, match="index"):
                 cache.reorder(torch.tensor(bad))

@@ -15,6 +15,7 @@ from cache_runs import (
     RINGS,
     B,
     D,
+    apart,
     cache_for,
     check_law,
     decode,
@@ -174,10 +175,11 @@ def test_what_no_query_sees_is_inert(where, bad):
         mask = masks("holes", 60)
         mask[:, 21:23] = False
         expected = decode(mech, q, k, v, "mixed", key_mask=mask)[0]
+        limit = apart(mech, q, k, v, key_mask=mask)
         (k if where == "k" else v).transpose(1, 2)[~mask] = bad
         for cuts in ("mixed", "ones"):
             found = decode(mech, q, k, v, cuts, key_mask=mask)[0]
-            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5), spec
+            assert (found - expected).abs().max() <= limit, spec
 
 
 def test_a_later_nan_reaches_no_earlier_row_and_stays():
@@ -185,10 +187,11 @@ def test_a_later_nan_reaches_no_earlier_row_and_stays():
         mech = sa.mechanism(spec)
         q, k, v = made(60)
         clean = decode(mech, q, k, v, "step then chunk")[0]
+        limit = apart(mech, q, k, v)
         v[0, 0, 30, 2] = torch.nan
         for cuts in ("step then chunk", "ones"):
             out = decode(mech, q, k, v, cuts)[0]
-            assert torch.allclose(out[:, :, :30], clean[:, :, :30], rtol=1e-4, atol=1e-6), spec
+            assert (out[:, :, :30] - clean[:, :, :30]).abs().max() <= limit, spec
             assert out[0, 0, 30, 2].isnan() and not out[1].isnan().any()
             forgets = isinstance(cache_for(mech, q, k, v), RingCache)
             assert out[0, 0, 59, 2].isnan() != forgets

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from linear_formulas import CASES, dense, place_call
+from linear_formulas import dense, either, every, place_call
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,25 +21,6 @@ from sparseattn.testing.budgets import distance, rounding, rule
 from sparseattn_linear import Performer, Taylor
 from sparseattn_linear.features import draw
 
-MECHANISMS = [mechanism for mechanism, _ in CASES]
-every = pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
-either = pytest.mark.parametrize(
-    ("mechanism", "causal"),
-    [
-        pytest.param(m, causal, id=f"{m.name}-{'causal' if causal else 'all'}")
-        for m in MECHANISMS
-        for causal in ((True,) if m.name == "retention" else (False, True))
-    ],
-)
-every_direction = pytest.mark.parametrize(
-    ("mechanism", "causal"),
-    [
-        pytest.param(mechanism, causal, id=f"{mechanism.name}-{'causal' if causal else 'all'}")
-        for mechanism in MECHANISMS
-        for causal in (False, True)
-        if causal or mechanism.name != "retention"  # which is causal only
-    ],
-)
 NAMES = ("out", "dq", "dk", "dv")
 
 
@@ -106,7 +87,7 @@ def check(
 SHAPES = [(1, 1), (1, 65), (1, 257), (63, 63), (63, 1), (65, 100), (100, 1), (100, 65), (257, 257)]
 
 
-@every_direction
+@either
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_small_ragged_calls(
     mechanism: sa.KernelizedLinear, dtype: torch.dtype, causal: bool

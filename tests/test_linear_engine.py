@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from linear_formulas import CASES, budget, dense, place_call, weights
+from linear_formulas import MECHANISMS, budget, dense, either, every, place_call, weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,35 +18,8 @@ from sparseattn.reference import evaluate
 from sparseattn.runs import Run, cut
 from sparseattn_linear import Cosformer, Linear, Retention
 
-MECHANISMS = [mechanism for mechanism, _ in CASES]
-every = pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m.name)
-either = pytest.mark.parametrize(
-    ("mechanism", "causal"),
-    [
-        pytest.param(m, causal, id=f"{m.name}-{'causal' if causal else 'all'}")
-        for m in MECHANISMS
-        for causal in ((True,) if m.name == "retention" else (False, True))
-    ],
-)
-every_direction = pytest.mark.parametrize(
-    ("mechanism", "causal"),
-    [
-        pytest.param(mechanism, causal, id=f"{mechanism.name}-{'causal' if causal else 'all'}")
-        for mechanism in MECHANISMS
-        for causal in (False, True)
-        if causal or mechanism.name != "retention"  # which is causal only
-    ],
-)
 LENGTHS = [1, 63, 65, 100, 257]
 D, DV = 16, 5
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """`torch.empty` holds NaN: what is never written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(
@@ -102,7 +74,7 @@ def check(mechanism: sa.KernelizedLinear, tensors: list[Tensor], **options: Any)
         assert error <= tolerance, f"{name}: error {error:.3g}, budget {tolerance:.3g}"
 
 
-@every_direction
+@either
 @pytest.mark.parametrize("n", LENGTHS)
 def test_output_and_gradients_at_ragged_lengths(
     mechanism: sa.KernelizedLinear, n: int, causal: bool
@@ -154,7 +126,7 @@ def test_half_types(mechanism: sa.KernelizedLinear, dtype: torch.dtype) -> None:
     check(mechanism, inputs(200, 200, dtype=dtype), causal=True)
 
 
-@every_direction
+@either
 def test_float64(mechanism: sa.KernelizedLinear, causal: bool) -> None:
     q, k, v = inputs(257, 257, dtype=torch.float64)
     rows = place_call(q, k, {"causal": causal})
@@ -165,7 +137,7 @@ def test_float64(mechanism: sa.KernelizedLinear, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@every_direction
+@either
 def test_accumulation_is_not_in_the_half_type(
     mechanism: sa.KernelizedLinear, dtype: torch.dtype, causal: bool
 ) -> None:
@@ -184,7 +156,7 @@ def test_accumulation_is_not_in_the_half_type(
     assert (out.double() - ref).abs().max() <= exact + rounded
 
 
-@every_direction
+@either
 @pytest.mark.parametrize("kind", ["left", "right", "holes", "none_in_one_row"])
 def test_key_masks(mechanism: sa.KernelizedLinear, kind: str, causal: bool) -> None:
     n, m = (130, 150) if kind == "holes" else (150, 150)
@@ -216,7 +188,7 @@ def gradients(mechanism: Any, tensors: list[Tensor], **options: Any) -> list[Ten
     return [out.detach(), *torch.autograd.grad(out, leaves, pull)]
 
 
-@every_direction
+@either
 def test_packed_documents(mechanism: sa.KernelizedLinear, causal: bool) -> None:
     ids = torch.tensor([[0] * 70 + [3] * 1 + [1] * 89, [5] * 20 + [2] * 140])
     keys = torch.tensor([[0] * 90 + [4] * 30 + [1] * 60, [2] * 75 + [5] * 105])

@@ -19,7 +19,7 @@ def _count(name: str, impl: str | None, expensive: bool) -> int:
         SparseAttnError: the name or spec is unknown, or no options can be guessed for it.
     """
     from .. import registry
-    from ..functional import candidates
+    from ..choice import candidates
     from ..testing import checks_for, examples
     from ..testing.runner import LAWS_OF_DEFAULTS
 

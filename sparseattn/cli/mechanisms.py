@@ -212,8 +212,8 @@ def _questions() -> dict[str, AttentionCall]:
 
 
 def _calls(mech: Mechanism) -> list[dict[str, str]]:
+    from ..choice import choose
     from ..errors import SparseAttnError
-    from ..functional import choose
 
     answers = []
     for name, call in _questions().items():
@@ -231,7 +231,7 @@ def _calls(mech: Mechanism) -> list[dict[str, str]]:
 
 
 def _implementations(mech: Mechanism) -> list[dict[str, str]]:
-    from ..functional import candidates
+    from ..choice import candidates
 
     call = _questions()["causal"]
     found = []

@@ -106,7 +106,7 @@ def _backward(row: Row, part: str) -> Any:
 
 def print_growth(rows: Iterable[Row]) -> None:
     """For time and for memory a table: a line a mechanism, a column a length."""
-    from ..harness.run import exponent
+    from ..harness.growth import exponent
 
     rows = list(rows)
     lengths = sorted({row["length"] for row in rows})

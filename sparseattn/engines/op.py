@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..call import AttentionCall
+from ..digits import doubled, wide
 from ..errors import UnsupportedCallError
 from . import intern
 
@@ -58,7 +59,7 @@ _BIAS, _SINK, _TENSORS = 4, 5, 7
 # the rounding of single numbers shows in the greatest error of a small result, and costs next to
 # nothing to avoid. Forward, the pairs of one row of the batch count, so that a row gives the same
 # bits in any batch; backward, those of the whole batch.
-_FEW_PAIRS = 2**12
+FEW_PAIRS = 2**12
 _FEW_PAIRS_BACKWARD = 2**19
 _LIB = torch.library.Library("sparseattn", "DEF")
 _LIB.define(f"attend(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)")
@@ -76,10 +77,6 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _rebuild(
@@ -117,10 +114,10 @@ def _digits(kernel: str, call: AttentionCall, rows: int, few: int) -> torch.dtyp
     """The dtype to compute a call in: a wider one where `rows` of its batch have few pairs."""
     if not kernel.endswith(":torch") or rows * call.q_heads * call.n * call.m >= few:
         return call.dtype
-    return torch.float64 if call.dtype == torch.float32 else _wide(call.dtype)
+    return doubled(call.dtype)
 
 
-def _sinking(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+def sinking(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
     """softmax with one more logit s, which has no value: other weights shrink by sigmoid(lse - s).
 
     Where no key is visible, lse is s alone.
@@ -147,18 +144,24 @@ def _sink_gradient(
 
 
 def _run(
-    mechanism: Any, kernel: str, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, sink: Any
+    mechanism: Any,
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: AttentionCall,
+    sink: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """A kernel's forward in the dtype of q, with the sink logits."""
     out, lse = KERNELS[kernel].forward(mechanism, q, k, v, call)
-    return (out, lse) if sink is None or lse is None else _sinking(out, lse, sink)
+    return (out, lse) if sink is None or lse is None else sinking(out, lse, sink)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     mechanism, kernel = intern.resolve(args[-5]), args[-1]
     with without_autocast(q.device.type):
         call = _rebuild(mechanism, q, k, v, args)
-        dtype = _digits(kernel, call, 1, _FEW_PAIRS)
+        dtype = _digits(kernel, call, 1, FEW_PAIRS)
         out, lse = _run(
             mechanism,
             kernel,
@@ -167,8 +170,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
             args[_SINK],
         )
     if lse is None:
-        lse = q.new_empty(_lse_shape(q, kernel), dtype=_wide(q.dtype))
-    return out.to(q.dtype).contiguous(), lse.to(_wide(q.dtype)).contiguous()
+        lse = q.new_empty(_lse_shape(q, kernel), dtype=wide(q.dtype))
+    return out.to(q.dtype).contiguous(), lse.to(wide(q.dtype)).contiguous()
 
 
 def _lse_shape(q: Tensor, kernel: str) -> tuple[int, ...]:
@@ -214,7 +217,7 @@ def _backward(
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
-    return out, q.new_empty(_lse_shape(q, args[-1]), dtype=_wide(q.dtype))
+    return out, q.new_empty(_lse_shape(q, args[-1]), dtype=wide(q.dtype))
 
 
 def _backward_fake(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import functional, registry
+from .. import choice, registry
 from ..base import KernelizedLinear, MaskedSoftmax, Mechanism
 from ..call import AttentionCall
 from ..errors import InvalidInputError, UnsupportedCallError
@@ -89,7 +89,7 @@ def admit(entry: Entry, call: AttentionCall) -> None:
             refusals = list(entry.mechanism.refusals(call))
             if refusals:
                 raise UnsupportedCallError("; ".join(refusals), refusals)
-            taken = functional.choose(entry.mechanism, call, entry.impl)
+            taken = choice.choose(entry.mechanism, call, entry.impl)
         except UnsupportedCallError as error:
             entry.close("unsupported", "; ".join(error.reasons))
         except InvalidInputError as error:  # it has no implementation of this name
@@ -113,7 +113,7 @@ def admit_backward(entry: Entry, call: AttentionCall) -> bool:
             refusals = list(entry.mechanism.refusals(call))
             if refusals:
                 raise UnsupportedCallError("; ".join(refusals), refusals)
-            taken = functional.choose(entry.mechanism, call, entry.impl)
+            taken = choice.choose(entry.mechanism, call, entry.impl)
             entry.row["backward"]["impl"] = taken.name
             return True
         except UnsupportedCallError as error:
@@ -310,7 +310,7 @@ def _speed(entry: Entry, setting: Setting, trial: Trial, baseline: float | None,
     row["peak_bytes"] = _peak(entry, setting, gradients=False)
     if isinstance(mechanism, MaskedSoftmax) and mechanism.is_dynamic:
         row["select_s"] = _selection_time(mechanism, setting, runs)
-    named = [i for i in functional.candidates(mechanism) if i.name == row["impl"]]
+    named = [i for i in choice.candidates(mechanism) if i.name == row["impl"]]
     compiles = row["impl"] in _COMPILED or any(getattr(i, "compiles", False) for i in named)
     if compiles and trial.first_s is not None:
         row["compile_s"] = max(0.0, trial.first_s - median)

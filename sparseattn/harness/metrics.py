@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import Implementation, MaskedSoftmax, Mechanism
+from ..base import MaskedSoftmax, Mechanism
 from ..call import AttentionCall
+from ..implementation import Implementation
 from ..layout import Grid, Layout
 from ..reference import exact, grouped_apply, logits, masked_softmax
 from ..testing.budgets import largest

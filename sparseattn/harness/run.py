@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from .. import functional, registry
+from .. import choice, registry
 from ..base import Mechanism
 from ..errors import InvalidInputError, SparseAttnError, UnknownMechanismError
 from . import manifest as conditions
 from .entry import Entry, admit, admit_backward, blank_row, judge
+from .growth import growth
 from .inputs import Sample, Source, source
 from .measure import Contender, Inputs, Race, Trial, isolated, say
 from .metrics import Full, MeanOfValues, mark_pareto
@@ -137,35 +137,6 @@ def bench(
     )
     result["growth"] = growth(result["rows"])
     return result
-
-
-def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The exponents of growth of each mechanism and input; see `bench`."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["mechanism"], row["input"]), []).append(row)
-    found = []
-    for (mechanism, name), group in groups.items():
-        record: dict[str, Any] = {"mechanism": mechanism, "input": name}
-        record["lengths"] = sorted({row["length"] for row in group})
-        for prefix, of in (("", lambda row: row), ("backward_", lambda row: row["backward"] or {})):
-            times = [(r["length"], (of(r).get("time") or {}).get("median_s")) for r in group]
-            peaks = [(r["length"], of(r).get("peak_bytes")) for r in group]
-            record[f"{prefix}time_exponent"] = exponent(times)
-            record[f"{prefix}memory_exponent"] = exponent(peaks)
-        found.append(record)
-    return found
-
-
-def exponent(points: Sequence[tuple[float, float | None]]) -> float | None:
-    """p of the least-squares line `y ~ x ** p`; None below two different x with y > 0."""
-    logs = [(math.log(x), math.log(y)) for x, y in points if y is not None and x > 0 and y > 0]
-    if len({x for x, _ in logs}) < 2:
-        return None
-    mean_x = math.fsum(x for x, _ in logs) / len(logs)
-    mean_y = math.fsum(y for _, y in logs) / len(logs)
-    spread = math.fsum((x - mean_x) ** 2 for x, _ in logs)
-    return math.fsum((x - mean_x) * (y - mean_y) for x, y in logs) / spread
 
 
 class _Teller:
@@ -328,7 +299,7 @@ def _check_impl(impl: str, mechanisms: Sequence[Mechanism], device: torch.device
     """Refuse a name that no mechanism has an implementation for: that is a slip of the pen."""
     if impl == "auto":
         return
-    known = {one.name for mech in mechanisms for one in functional.candidates(mech)}
+    known = {one.name for mech in mechanisms for one in choice.candidates(mech)}
     if impl not in known:
         raise InvalidInputError(
             f"impl={impl!r:.80} is no implementation of these mechanisms; expected auto, "
@@ -407,4 +378,4 @@ def _origin(origin: Source) -> dict[str, Any]:
     return dict(facts)
 
 
-__all__ = ["BENCH_LENGTHS", "DEFAULT_SPECS", "bench", "compare", "exponent", "growth"]
+__all__ = ["BENCH_LENGTHS", "DEFAULT_SPECS", "bench", "compare"]

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import specs
-from ..base import Implementation, Mechanism
+from ..base import Mechanism
 from ..call import AttentionCall
 from ..errors import SparseAttnError, UnsupportedCallError
 from ..functional import attention
+from ..implementation import Implementation
 from .budgets import Budgets, Verdict, distance
 from .cases import Case, Inputs
 

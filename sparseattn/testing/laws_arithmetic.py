@@ -6,6 +6,7 @@ import torch
 from torch.autograd.gradcheck import GradcheckError
 
 from .. import reference
+from ..digits import wide
 from .budgets import Budgets, Verdict, distance, rounding
 from .cases import Case
 from .laws import Broken, Subject, has_lse, hold, law, takes_gradients
@@ -88,9 +89,8 @@ def lse_is_the_definition(subject: Subject, case: Case) -> None:
     x = case.inputs()
     out, lse = subject.both(x)
     assert lse is not None
-    wide = torch.float64 if x.q.dtype == torch.float64 else torch.float32
-    if lse.dtype != wide:
-        raise Broken(f"lse has dtype {lse.dtype}, expected {wide}")
+    if lse.dtype != wide(x.q.dtype):
+        raise Broken(f"lse has dtype {lse.dtype}, expected {wide(x.q.dtype)}")
     budgets = subject.budgets(case, x)
     hold(budgets.lse(lse), "lse against the definition in float64")
     hold(budgets.out(out), "out beside lse against the definition in float64")

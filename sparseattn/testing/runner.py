@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import registry
-from ..base import Implementation, Mechanism
+from ..base import Mechanism
+from ..choice import candidates
 from ..errors import InvalidInputError, did_you_mean
-from ..functional import candidates
+from ..implementation import Implementation
 from . import (
     laws_arguments,  # noqa: F401  (importing them registers their laws)
     laws_arithmetic,  # noqa: F401

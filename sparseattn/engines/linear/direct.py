@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ...call import AttentionCall
+from ...digits import wide, widest
 from ...runs import trim_future
-from .plan import wide
-from .state import widest
 
 # Queries and keys of a block: its dot products, of all heads, should stay cached.
 _CPU_BLOCK = 128, 512

@@ -19,36 +19,18 @@ import torch
 from torch import Tensor
 
 from ...call import AttentionCall
+from ...digits import widest
 from ...runs import Run, cut, trim_future
 from ..op import KERNELS
 from .direct import Direct, is_cheaper
-from .plan import exactly, state_elements, wide
+from .plan import exactly, state_elements
 from .scaled import Guarded
-from .state import widest
+from .state import without_later
 from .sweeps import Sweeps, count_features
 
 
-def _without_later(
-    k: Tensor, v: Tensor, call: AttentionCall
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """k and v that are finite, and what was not: bool `[b, Hkv, m, Dv]`, from its key onwards.
-
-    Under causal, a NaN times the 0 of a later key would reach the earlier rows of its chunk. It is
-    taken out, and put back into the rows that see it. Only on the CPU: elsewhere the host would
-    wait for the device.
-    """
-    if not call.causal or k.device.type != "cpu":
-        return k, v, None
-    dtype = wide(k.dtype)
-    if torch.isfinite(k.sum(dtype=dtype) + v.sum(dtype=dtype)):
-        return k, v, None
-    bad_key, bad_value = ~torch.isfinite(k).all(-1, keepdim=True), ~torch.isfinite(v)
-    from_here = (bad_key | bad_value).cumsum(2) > 0
-    return k.masked_fill(bad_key, 0.0), v.masked_fill(bad_value, 0.0), from_here
-
-
 def _put_back(x: Tensor, later: Tensor | None, call: AttentionCall) -> None:
-    """NaN in the rows of x `[b, Hq, n, Dv]` that see what `_without_later` took out."""
+    """NaN in the rows of x `[b, Hq, n, Dv]` that see what `without_later` took out."""
     if later is None:
         return
     offset = int(call.offset)
@@ -98,7 +80,10 @@ def _pieces(
                 k_run, v_run = k_run.masked_fill(hidden, 0.0), v_run.masked_fill(hidden, 0.0)
             alone = piece.subcall(call)
             reach = trim_future(alone)
-            k_run, v_run, later = _without_later(k_run[:, :, :reach], v_run[:, :, :reach], alone)
+            k_run, v_run, later = k_run[:, :, :reach], v_run[:, :, :reach], None
+            # Elsewhere than on the CPU the host would wait for the device.
+            if alone.causal and q.device.type == "cpu":
+                k_run, v_run, later = without_later(k_run, v_run)
             yield piece, _method(mechanism, q_run, k_run, v_run, alone, features), later
 
 

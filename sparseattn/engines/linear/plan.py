@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...call import AttentionCall
+from ...digits import wide, widest
 from ...runs import trim_future
-from .state import widest
 
 # Measured on CPU (Zen 4, 8 heads of width 64): chunks of 64 lead at 64 and at 256 features, and
 # steps are fastest while the states of their chunks stay near 1 MiB. An accelerator wants fewer and
@@ -41,11 +41,6 @@ def exactly(call: AttentionCall) -> bool:
     """
     few = call.n * call.m <= _EXACT_PAIRS and call.n + call.m <= _EXACT_ROWS
     return few and call.dtype == torch.float32 and widest(call.device) == torch.float64
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of features, states and sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def finely(call: AttentionCall) -> torch.dtype:

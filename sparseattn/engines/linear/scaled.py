@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ...call import AttentionCall
+from ...digits import widest
 from .plan import Step
-from .state import widest
 from .sweeps import Sweeps
 
 # More keys than any call: what they lose by underflow, together, is below a rounding of the sum.

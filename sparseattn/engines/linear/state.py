@@ -5,13 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...digits import all_finite, widest
+
 # Chunks of this many rows together are summed in the sweep's own dtype, then added to all before.
 _RECENT_ROWS = 1024
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """The widest dtype that a device computes in."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class State:
@@ -51,3 +48,16 @@ class State:
             self._rounded.copy_(self._carried)
             self._recent.zero_()
             self._rows = 0
+
+
+def without_later(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """k and v that are finite, and what was not: bool `[b, Hkv, m, Dv]`, from its key onwards.
+
+    Under causal, a NaN times the 0 of a later key would reach the earlier rows of its chunk. It is
+    taken out, to be put back into the rows that see it; None where there is none.
+    """
+    if all_finite(k, v):
+        return k, v, None
+    bad_key, bad_value = ~torch.isfinite(k).all(-1, keepdim=True), ~torch.isfinite(v)
+    later = (bad_key | bad_value).cumsum(2) > 0
+    return k.masked_fill(bad_key, 0.0), v.masked_fill(bad_value, 0.0), later

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ...call import AttentionCall
-from .plan import CHUNK, MOST_CHUNKS, Decay, Step, finely, plan, state_elements, wide
+from ...digits import wide
+from .plan import CHUNK, MOST_CHUNKS, Decay, Step, finely, plan, state_elements
 from .state import State
 
 _FEATURES: dict[tuple[Any, int], int] = {}  # of a mechanism and head width: only for step sizes

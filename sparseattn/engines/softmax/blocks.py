@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...digits import wide
 from ...layout import BlockCSR
-from .primitive import additive, flash_backward, flash_forward, wide
+from .primitive import additive, flash_backward, flash_forward
 
 BLOCK = 64
 # Elements of one gathered buffer of keys: 2 MiB in float32, so that it stays in cache.

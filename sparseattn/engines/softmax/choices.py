@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ...call import AttentionCall
+from ...digits import doubled, wide
 from . import tiles
-from .primitive import wide
+from .primitive import weighted_sums
 
 # Keys in a block from which on tiles pay.
 _WIDE = 16
@@ -30,7 +31,7 @@ _PAIRS_AT_ONCE = 2**19
 _LAST = np.iinfo(np.int32).max
 
 
-def serves(mechanism: Any, call: AttentionCall) -> bool:
+def serves(call: AttentionCall) -> bool:
     """Whether this file can compute a call that has a selection."""
     return call.device.type == "cpu" and call.softcap is None and call.bias is None
 
@@ -101,15 +102,6 @@ def _dots(pairs: Pairs, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.sparse.sampled_addmm(pattern, a, b.t(), beta=0.0, alpha=scale).values()
 
 
-def _sums(starts: Tensor, index: Tensor, x: Tensor, weights: Tensor) -> Tensor:
-    """Sums of `weights * x[index]` from one start to the next: `[len(starts) - 1, D]`."""
-    if len(index) == 0:
-        return x.new_zeros(len(starts) - 1, x.shape[1])
-    return torch.ops.aten._embedding_bag_forward_only(
-        x, index, starts, False, 0, False, weights, True, -1
-    )[0]
-
-
 def forward(
     mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
@@ -140,7 +132,7 @@ def forward(
                 top.masked_fill_(top == -torch.inf, 0.0)
                 total = powers.sub_(top).exp_().sum(1, keepdim=True)
                 weights = powers.view(-1) if whole else powers[pairs.keep]
-                mixed = _sums(pairs.starts, pairs.keys, values, weights)
+                mixed = weighted_sums(pairs.starts, pairs.keys, values, weights)
                 o[pairs.rows] = mixed.div_(total.masked_fill(total == 0, 1.0)).to(q.dtype)
                 s[pairs.rows] = total.log_().add_(top)[:, 0]  # log(0) = -inf: an empty row
     return out, lse
@@ -161,7 +153,7 @@ def backward(
     if mechanism.block >= _WIDE:
         return tiles.backward(mechanism, grad_out, grad_lse, q, k, v, out, lse, call)
     # One key may take from every query, and sums of rows go one by one: float32 needs more digits.
-    acc = torch.float64 if q.dtype == torch.float32 else wide(q.dtype)
+    acc = doubled(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=acc) for x in (q, k, v))
     for b in range(call.batch):
         for head in range(call.kv_heads):
@@ -179,11 +171,11 @@ def backward(
                 weights = _dots(pairs, rows[at], keys, call.scale).sub_(norm[at][row]).exp_()
                 d_scores = _dots(pairs, g[at], values, 1.0).sub_(slope[at][row]).mul_(weights)
                 d_scores *= call.scale
-                total[at] = _sums(pairs.starts, index, keys, d_scores)
+                total[at] = weighted_sums(pairs.starts, index, keys, d_scores)
                 # By key, rows in order: plain sums, the same bits every time.
                 ordered, order = index.sort(stable=True)
                 starts = torch.searchsorted(ordered, torch.arange(call.m + 1))
                 row = row[order]
-                dk[b, head] += _sums(starts, row, rows[at], d_scores[order])
-                dv[b, head] += _sums(starts, row, g[at], weights[order])
+                dk[b, head] += weighted_sums(starts, row, rows[at], d_scores[order])
+                dv[b, head] += weighted_sums(starts, row, g[at], weights[order])
     return dq, dk, dv

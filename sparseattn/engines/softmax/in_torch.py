@@ -5,7 +5,8 @@ A call is cut into runs, and each run takes the first path that can serve it:
 1. `pieces`: bands (exact attention, windows), and unions that come apart into bands, on torch's
    fused CPU kernel;
 2. `blocks`: any other static layout, on the same kernel;
-3. `slabs`: everything else, in plain torch.
+3. `choices`: selections, pair by pair or in tiles;
+4. `slabs`: everything else, in plain torch.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from ...call import AttentionCall
+from ...digits import all_finite, wide
 from ...layout import BlockCSR, Grid
 from ...runs import Run, cut
 from ..op import KERNELS
-from . import blocks, pieces, slabs, unions
-from .primitive import wide
+from . import blocks, choices, pieces, slabs, unions
+from .bands import Piece
 
 _CSR_CACHE_BYTES = 64 * 2**20
 
@@ -51,14 +53,14 @@ _csr_cache = _CSRCache()
 
 
 @lru_cache(maxsize=512)
-def _pieces(
-    mechanism: Any, n: int, m: int, causal: bool, offset: int
-) -> tuple[pieces.Piece, ...] | None:
+def _pieces(mechanism: Any, n: int, m: int, causal: bool, offset: int) -> tuple[Piece, ...] | None:
     return unions.plan(mechanism.clauses(Grid(n, m, causal, offset)))
 
 
 def _path(mechanism: Any, call: AttentionCall) -> tuple[str, Any]:
-    """Which of the three paths serves a run, and what it runs on."""
+    """Which of the four paths serves a run, and what it runs on."""
+    if mechanism.is_dynamic and choices.serves(call):
+        return "choices", None
     fused = (
         call.device.type == "cpu"
         and call.softcap is None
@@ -74,14 +76,9 @@ def _path(mechanism: Any, call: AttentionCall) -> tuple[str, Any]:
     return "blocks", _csr_cache.get(mechanism, call, blocks.BLOCK)
 
 
-def _finite(*tensors: Tensor) -> bool:
-    total = sum(t.sum(dtype=wide(t.dtype)) for t in tensors)
-    return bool(torch.isfinite(total))  # type: ignore[arg-type]
-
-
 def _inert(csr: BlockCSR, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Zero invisible NaN and inf before any product; finite numbers need no such care."""
-    if _finite(q, k, v):
+    if all_finite(q, k, v):
         return q, k, v
     queries, keys = blocks.seen(csr)
     hidden = ~keys[:, None]
@@ -130,9 +127,12 @@ class TorchKernel:
     ) -> tuple[Tensor, Tensor]:
         path, plan = _path(mechanism, call)
         shape = (call.batch, call.q_heads, call.n)
-        if path == "slabs":
+        if path in ("choices", "slabs"):
             q5 = q.unflatten(1, (call.kv_heads, call.groups))
-            out, lse = slabs.forward(mechanism, plan, q5, k, v, call)
+            if path == "choices":
+                out, lse = choices.forward(mechanism, q5, k, v, call)
+            else:
+                out, lse = slabs.forward(mechanism, plan, q5, k, v, call)
             return out.reshape(*shape, call.value_dim), lse.reshape(shape)
         if path == "blocks":
             q, k, v = _inert(plan, q, k, v)
@@ -207,12 +207,14 @@ class TorchKernel:
             grad_out = grad_out.masked_fill(empty[..., None], 0.0)
             grad_lse = None if grad_lse is None else grad_lse.masked_fill(empty, 0.0)
         path, plan = _path(mechanism, call)
-        if path == "slabs":
+        if path in ("choices", "slabs"):
             group = (call.kv_heads, call.groups)
             g, s, q5, o, t = (
                 None if x is None else x.unflatten(1, group)
                 for x in (grad_out, grad_lse, q, out, lse)
             )
+            if path == "choices":
+                return choices.backward(mechanism, g, s, q5, k, v, o, t, call)  # type: ignore[arg-type]
             if dbias is not None:
                 index = slice(None) if dbias.shape[0] == 1 else run.batch
                 rows = slice(None) if dbias.shape[2] == 1 else run.queries

@@ -6,166 +6,17 @@ merged by their lse, and each backward takes the total lse, so pieces never know
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .primitive import additive, flash_backward, flash_forward, wide
+from ...digits import wide
+from .bands import Comb, Fold, Piece, Rect, Stack
+from .primitive import additive, flash_backward, flash_forward
 
-# Elements of a rectangle's mask, which all heads share, and of one slab of folded key gradients.
-_MASK_ELEMENTS = 2**18
+# Elements of one slab of folded key gradients.
 _SLAB_ELEMENTS = 2**21
-
-
-@dataclass(frozen=True)
-class Rect:
-    """Queries `r0:r1` against keys `k0:k1`: all of them, `j <= i` of a square, or a band.
-
-    `band` is (left, right) with `shift`: row r and column c of the rectangle are visible where
-    `-left <= c - r + shift <= right`.
-    """
-
-    r0: int
-    r1: int
-    k0: int
-    k1: int
-    causal: bool = False
-    band: tuple[int, int] | None = None
-    shift: int = 0
-
-    def moved(self, rows: int, keys: int) -> Rect:
-        """The same piece, some rows and keys further on."""
-        return replace(
-            self, r0=self.r0 + rows, r1=self.r1 + rows, k0=self.k0 + keys, k1=self.k1 + keys
-        )
-
-
-@dataclass(frozen=True)
-class Fold:
-    """`tiles` tiles of `size` queries from `r0`; tile t sees keys from `k0 + t * size`.
-
-    Every tile is the same picture moved along the diagonal, so one small mask serves all, and keys
-    are read through an overlapping view, never copied.
-    """
-
-    r0: int
-    tiles: int
-    size: int
-    k0: int
-    left: int
-    right: int
-
-    @property
-    def r1(self) -> int:
-        return self.r0 + self.tiles * self.size
-
-    @property
-    def width(self) -> int:
-        return self.size + self.left + self.right
-
-    def moved(self, rows: int, keys: int) -> Fold:
-        """The same piece, some rows and keys further on."""
-        return replace(self, r0=self.r0 + rows, k0=self.k0 + keys)
-
-
-@dataclass(frozen=True)
-class Stack:
-    """`tiles` squares of `size` queries from `r0` and keys from `k0`, one after the other."""
-
-    r0: int
-    k0: int
-    tiles: int
-    size: int
-    causal: bool
-
-    @property
-    def r1(self) -> int:
-        return self.r0 + self.tiles * self.size
-
-
-@dataclass(frozen=True)
-class Comb:
-    """Classes of positions alike modulo `step`, each with pieces of its own.
-
-    Class c has the rows `r0 + c`, `r0 + c + step`, ..., `rows` of them, and the keys from `k0 + c`
-    likewise; `inner` counts rows and keys within a class.
-    """
-
-    r0: int
-    k0: int
-    step: int
-    classes: int
-    rows: int
-    keys: int
-    inner: tuple[Rect | Fold, ...]
-
-    @property
-    def r1(self) -> int:
-        return self.r0 + (self.rows - 1) * self.step + self.classes
-
-
-Piece = Rect | Fold | Stack | Comb
-
-
-def fold_size(left: int, right: int) -> int:
-    """Queries a tile: more waste less of a wide band on the triangles; measured on 2 cores."""
-    return 64 if left + right >= 192 else 32 if left + right >= 48 else 16
-
-
-@lru_cache(maxsize=256)
-def plan_band(
-    n: int, m: int, offset: int, left: int | None, right: int | None
-) -> tuple[Rect | Fold, ...]:
-    """Pieces for `-left <= j - p <= right`, p = offset + row, over n rows and m keys."""
-    far = n + m + abs(offset)
-    left = far if left is None else min(left, far)
-    right = far if right is None else min(right, far)
-    first, last = max(0, -right - offset), min(n, m + left - offset)
-    if first >= last:
-        return ()
-    size = fold_size(left, right)
-    low, high = max(first, left - offset), min(last, m - right - offset)
-    tiles = max(0, high - low) // size
-    if tiles < 2:
-        return tuple(_edge(first, last, m, offset, left, right))
-    stop = low + tiles * size
-    fold = Fold(low, tiles, size, low + offset - left, left, right)
-    return (
-        *_edge(first, low, m, offset, left, right),
-        fold,
-        *_edge(stop, last, m, offset, left, right),
-    )
-
-
-def _edge(r0: int, r1: int, m: int, offset: int, left: int, right: int) -> list[Rect]:
-    """Rectangles for rows that a fold cannot serve: near either end, or of a wide band."""
-    if r0 >= r1:
-        return []
-    p0, p1 = r0 + offset, r1 - 1 + offset
-    k0, k1 = max(0, p0 - left), min(m, p1 + right + 1)
-    if p1 - left <= k0 and p0 + right >= k1 - 1:
-        return [Rect(r0, r1, k0, k1)]
-    if right == 0 and p1 - left <= 0 and p0 >= 0:
-        # Where keys run out, the square is cut: later rows see all that is left of it.
-        pieces = [Rect(r0, r1, p0, k1, causal=True)] if p0 < k1 else []
-        return pieces if p0 == 0 else [*pieces, Rect(r0, r1, 0, min(p0, k1))]
-    rows = max(16, _MASK_ELEMENTS // (k1 - k0))
-    if rows >= r1 - r0:
-        return [Rect(r0, r1, k0, k1, band=(left, right), shift=k0 - p0)]
-    pieces = []
-    for start in range(r0, r1, rows):
-        pieces += _edge_slab(start, min(start + rows, r1), m, offset, left, right)
-    return pieces
-
-
-def _edge_slab(r0: int, r1: int, m: int, offset: int, left: int, right: int) -> list[Rect]:
-    p0, p1 = r0 + offset, r1 - 1 + offset
-    k0, k1 = max(0, p0 - left), min(m, p1 + right + 1)
-    if p1 - left <= k0 and p0 + right >= k1 - 1:
-        return [Rect(r0, r1, k0, k1)]
-    return [Rect(r0, r1, k0, k1, band=(left, right), shift=k0 - p0)]
 
 
 @lru_cache(maxsize=128)
@@ -208,8 +59,7 @@ def forward(
     lse = q.new_empty(z, g, n, dtype=wide(q.dtype))
     done: list[tuple[int, int]] = []
     for piece in pieces:
-        _blank(out, lse, done, piece)
-        shared = any(a < piece.r1 and piece.r0 < b for a, b in done)
+        shared = _blank(out, lse, done, piece)
         done.append((piece.r0, piece.r1))
         if isinstance(piece, Comb):
             o, s = forward(piece.inner, *_teeth(piece, q, k, v), scale)
@@ -260,21 +110,21 @@ def _piece(
     return o.flatten(1, 2), s.flatten(1, 2)
 
 
-def _blank(out: Tensor, lse: Tensor, done: list[tuple[int, int]], piece: Piece | None) -> None:
+def _blank(out: Tensor, lse: Tensor, done: list[tuple[int, int]], piece: Piece | None) -> bool:
     """Empty the rows that no piece has served yet: all at the end, or those of a piece that serves
-    no rows in between, or that shares only some of its own."""
+    no rows in between, or that shares only some of its own. Returns whether the piece's rows hold
+    something now, so that it must be merged."""
     first, last = (0, out.shape[2]) if piece is None else (piece.r0, piece.r1)
     inside = sorted((max(a, first), min(b, last)) for a, b in done if a < last and first < b)
     if piece is not None and not inside and not isinstance(piece, Comb):
-        return
+        return False
     start = first
     for a, b in [*inside, (last, last)]:
         if a > start:
             out[:, :, start:a] = 0
             lse[:, :, start:a] = -torch.inf
         start = max(start, b)
-    if piece is not None:
-        done.append((first, last))
+    return True
 
 
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:

@@ -12,13 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...digits import wide
+
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that accumulates: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -204,3 +201,12 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     old, new = (lse - base).exp()[..., None], (more_lse - base).exp()[..., None]
     out.copy_(out * old + more * new)
     lse.copy_(total)
+
+
+def weighted_sums(starts: Tensor, index: Tensor, x: Tensor, weights: Tensor | None) -> Tensor:
+    """Sums of `weights * x[index]` from one start to the next: `[len(starts) - 1, D]`."""
+    if len(index) == 0:
+        return x.new_zeros(len(starts) - 1, x.shape[1])
+    return torch.ops.aten._embedding_bag_forward_only(
+        x, index, starts, False, 0, False, weights, True, -1
+    )[0]

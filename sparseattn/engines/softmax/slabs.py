@@ -1,7 +1,7 @@
 """The general path: any call, any device, a slab of queries at a time in plain torch.
 
-Serves what the fused CPU kernel cannot: softcap, bias, per-head selections, holes in the key mask,
-other devices. Memory is bounded by the slab, never N x M.
+Serves what the other paths cannot: softcap, bias, holes in the key mask, other devices. Memory is
+bounded by the slab, never N x M.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ...call import AttentionCall
+from ...digits import wide
 from ...layout import BlockCSR, Grid
-from . import choices
 from .pattern import selected_keys
-from .primitive import math_backward, math_forward, wide
+from .primitive import math_backward, math_forward
 
 # Elements of one slab of logits over batch, heads, rows and keys.
 _SLAB_ELEMENTS = 2**22
@@ -42,13 +42,8 @@ def slab_size(call: AttentionCall) -> int:
     return min(256, 1 << (limit.bit_length() - 1))
 
 
-def lower(mechanism: Any, call: AttentionCall) -> BlockCSR | None:
-    """The run's layout in blocks of a slab's queries by 64 keys; all keys where it is dynamic.
-
-    None where the selection itself says which pairs to compute.
-    """
-    if mechanism.is_dynamic and choices.serves(mechanism, call):
-        return None
+def lower(mechanism: Any, call: AttentionCall) -> BlockCSR:
+    """The run's layout in blocks of a slab's queries by 64 keys; all keys where it is dynamic."""
     grid = Grid(call.n, call.m, call.causal, int(call.offset))
     layout = grid.everything() if mechanism.is_dynamic else mechanism.clauses(grid)
     return layout.lower(slab_size(call), _KEY_BLOCK)
@@ -102,15 +97,13 @@ def _guard(slab: Slab, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
 
 
 def forward(
-    mechanism: Any, csr: BlockCSR | None, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    mechanism: Any, csr: BlockCSR, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
     """Attention over one run: q `[b, Hkv, G, n, D]`, k, v `[b, Hkv, m, .]`.
 
     Returns:
         out `[b, Hkv, G, n, Dv]` in q's dtype, lse `[b, Hkv, G, n]`.
     """
-    if csr is None:
-        return choices.forward(mechanism, q, k, v, call)
     out = q.new_zeros(*q.shape[:4], v.shape[-1])
     lse = q.new_full(q.shape[:4], -torch.inf, dtype=wide(q.dtype))
     for slab in slabs(mechanism, csr, call):
@@ -124,7 +117,7 @@ def forward(
 
 def backward(
     mechanism: Any,
-    csr: BlockCSR | None,
+    csr: BlockCSR,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -136,8 +129,6 @@ def backward(
     dbias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, wide; shapes as `forward`. That of bias is added to `dbias`."""
-    if csr is None:
-        return choices.backward(mechanism, grad_out, grad_lse, q, k, v, out, lse, call)
     acc = wide(q.dtype)
     dq = torch.zeros(q.shape, dtype=acc, device=q.device)
     dk = torch.zeros(k.shape, dtype=acc, device=q.device)

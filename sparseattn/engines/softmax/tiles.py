@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...call import AttentionCall
-from .primitive import additive, flash_backward, flash_forward, wide
+from ...digits import all_finite, wide
+from .primitive import additive, flash_backward, flash_forward, weighted_sums
 
 # Numbers of one gathered buffer of queries (4 MiB in float32), and of the parts that are merged
 # together: with more of them tiles are better filled, with fewer they take less memory.
@@ -173,10 +174,6 @@ def _batches(tiles: Tiles, width: int) -> Iterator[tuple[Family, slice]]:
             taken += some.members.numel()
 
 
-def _finite(*tensors: Tensor) -> bool:
-    return all(bool(torch.isfinite(x.sum(dtype=wide(x.dtype)))) for x in tensors)
-
-
 class _Room:
     """One buffer, for one thing after another."""
 
@@ -195,14 +192,6 @@ class _Room:
         out = self.rows(index.numel(), inner.numel()).view(index.numel(), *inner)
         torch.index_select(x, 0, index.reshape(-1), out=out)
         return out.view(1, *index.shape, *inner)
-
-
-def _sums(starts: Tensor, index: Tensor, x: Tensor, weights: Tensor | None) -> Tensor:
-    if len(index) == 0:
-        return x.new_zeros(len(starts) - 1, x.shape[1])
-    return torch.ops.aten._embedding_bag_forward_only(
-        x, index, starts, False, 0, False, weights, True, -1
-    )[0]
 
 
 def _blocked(x: Tensor, head: _Head) -> Tensor:
@@ -229,7 +218,7 @@ def forward(
     acc, value_dim = wide(q.dtype), v.shape[-1]
     out = q.new_zeros(*q.shape[:4], value_dim)
     lse = q.new_full(q.shape[:4], -torch.inf, dtype=acc)
-    finite = _finite(k, v)
+    finite = all_finite(k, v)
     q_room, k_room, v_room, parts_room = (_Room(q, x) for x in (*(q.dtype,) * 3, acc))
     for b in range(call.batch):
         for h in range(call.kv_heads):
@@ -256,7 +245,7 @@ def forward(
                 top.masked_fill_(top == -torch.inf, 0.0)
                 total = weights.sub_(top).exp_().sum(1, keepdim=True)
                 weights /= total.masked_fill(total == 0, 1.0)
-                merged = _sums(tiles.starts, tiles.slots, parts, weights[tiles.keep])
+                merged = weighted_sums(tiles.starts, tiles.slots, parts, weights[tiles.keep])
                 o[tiles.rows] = merged.to(q.dtype)
                 s[tiles.rows] = total.log_().add_(top)[:, 0]  # log(0) = -inf: an empty row
     return out, lse
@@ -276,7 +265,7 @@ def backward(
     """Gradients of q, k, v, wide; shapes as `forward`."""
     acc, width = wide(q.dtype), q.shape[-1]
     dq, dk, dv = (torch.zeros(x.shape, dtype=acc) for x in (q, k, v))
-    finite = _finite(k, v)
+    finite = all_finite(k, v)
     q_room, k_room, v_room, g_room, o_room = (_Room(q, q.dtype) for _ in range(5))
     parts_room = _Room(q, acc)
     for b in range(call.batch):
@@ -307,6 +296,8 @@ def backward(
                     # On the CPU index_add_ is sequential: the same bits every time.
                     for total, grad in zip(sums, grads[1:], strict=True):
                         total.index_add_(0, some.blocks, grad[0].to(acc))
-                dq[b, h].view(-1, width)[tiles.rows] = _sums(tiles.starts, tiles.slots, parts, None)
+                dq[b, h].view(-1, width)[tiles.rows] = weighted_sums(
+                    tiles.starts, tiles.slots, parts, None
+                )
             dk[b, h], dv[b, h] = (x.flatten(0, 1)[: call.m] for x in sums)
     return dq, dk, dv

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from ...clauses import Band, Chunks, FirstKeys, FirstQueries, Step, Term
 from ...layout import Layout
-from .pieces import Comb, Fold, Piece, Rect, Stack, plan_band
+from .bands import Comb, Fold, Piece, Rect, Stack, plan_band
 
 # A union of more boxes than this is served as blocks, and so are chunks narrower than this.
 _MOST_BOXES = 24
