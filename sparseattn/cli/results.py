@@ -5,32 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ..harness.units import number, seconds, size
 from .output import printable, say, table
 
 Row = Mapping[str, Any]
-
-
-def number(value: float | None, spec: str = ".3g") -> str:
-    """A number, or `-` where there is none."""
-    return "-" if value is None else format(value, spec)
-
-
-def seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value / 1e-9:.3g} ns"
-
-
-def size(value: float | None) -> str:
-    if value is None:
-        return "-"
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value:.0f} B"
 
 
 def _get(row: Row, field: str, part: str) -> float | None:

@@ -20,6 +20,7 @@ from .measure import Trial, decoy, isolated, peak_bytes
 from .metrics import (
     MeanOfValues,
     approximation,
+    by_head,
     checked_rows,
     finite_or_none,
     percentile,
@@ -205,6 +206,7 @@ def _approximation(
     """Everything about the definition: error, retained mass, oracle, density, metrics."""
     mechanism, row, exact = entry.mechanism, entry.row, setting.exact
     row["error"] = approximation(out, exact.out, setting.mean_error)
+    row["heads"] = by_head(out, exact.out, setting.heads)
     against = row["error"]["vs_mean_of_values"]
     if against is not None and against > 1 and not isinstance(mechanism, MeanOfValues):
         row["notes"].append("worse than the mean of the values")

@@ -15,8 +15,10 @@ Any other name is an input that a plugin registered (`register_inputs`), or a sa
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +34,7 @@ from ..errors import InvalidInputError, did_you_mean
 
 RECORDED = Path(__file__).parent / "data" / "recorded.safetensors"
 DEFAULT_LENGTH = 2048
+HeadName = tuple[int | None, int]  # layer, and head within it
 
 
 @dataclass(frozen=True)
@@ -277,6 +280,22 @@ def _file_scale(path: Path, metadata: Mapping[str, str], width: int) -> float | 
             f"the metadata of {path} has scale {metadata['scale']!r:.60}; expected a finite number"
         )
     return None if math.isclose(scale, width**-0.5, rel_tol=1e-6) else scale
+
+
+def head_names(provenance: Mapping[str, Any], count: int) -> list[HeadName]:
+    """The layer and the number there of each query head, as a recorded file's metadata has them.
+
+    They stand under `heads`: JSON, a list with a string `LAYER head HEAD` for each query head. Where
+    that is missing or of another form, the heads are counted and have no layer.
+    """
+    try:
+        said = json.loads(provenance["heads"])
+    except (KeyError, TypeError, ValueError):
+        said = None
+    found = [re.fullmatch(r"(\d{1,9}) head (\d{1,9})", str(name)) for name in said or []]
+    if len(found) == count and all(found):
+        return [(int(match[1]), int(match[2])) for match in found if match]
+    return [(None, head) for head in range(count)]
 
 
 def _registered() -> Mapping[str, Callable[..., Any]]:

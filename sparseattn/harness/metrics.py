@@ -7,7 +7,7 @@ how much of the exact mass it keeps, and what the best keys could do with the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..implementation import Implementation
 from ..layout import Grid, Layout
 from ..reference import exact, grouped_apply, logits, masked_softmax
 from ..testing.budgets import largest
+from .inputs import HeadName
 
 EPS64 = torch.finfo(torch.float64).eps
 # A sum below this may have lost digits to underflow.
@@ -148,6 +149,23 @@ def approximation(out: Tensor, ref: Tensor, mean_error: float | None) -> dict[st
         "vs_mean_of_values": finite_or_none(against),
         "rows_left_out": left_out,
     }
+
+
+def by_head(out: Tensor, ref: Tensor, names: Sequence[HeadName]) -> list[dict[str, Any]]:
+    """The `heads` record of a row: rel_l2 of each query head over all batches and rows.
+
+    Args:
+        out, ref: the definition and exact attention in float64, `[B, Hq, N, Dv]`.
+        names: the layer (or None) and the number there of each head.
+    """
+    return [
+        {
+            "layer": layer,
+            "head": head,
+            "rel_l2": finite_or_none(relative_l2(out[:, at], ref[:, at])),
+        }
+        for at, (layer, head) in enumerate(names)
+    ]
 
 
 @dataclass(frozen=True)

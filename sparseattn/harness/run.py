@@ -14,7 +14,7 @@ from ..errors import InvalidInputError, SparseAttnError, UnknownMechanismError
 from . import manifest as conditions
 from .entry import Entry, admit, admit_backward, blank_row, judge
 from .growth import growth
-from .inputs import Sample, Source, source
+from .inputs import Sample, Source, head_names, source
 from .measure import Contender, Inputs, Race, Trial, isolated, say
 from .metrics import Full, MeanOfValues, mark_pareto
 from .setting import Setting
@@ -242,7 +242,10 @@ class _Comparison:
         for name, x in zip("qkv", given, strict=True):
             if not bool(torch.isfinite(x).all()):
                 raise InvalidInputError(f"{name} has numbers that {self.dtype} does not hold")
-        return Setting(given, self.causal, sample.scale, seed, self.backward, sample.needle_rows)
+        heads = head_names(sample.provenance, given[0].shape[1])
+        return Setting(
+            given, self.causal, sample.scale, seed, self.backward, heads, sample.needle_rows
+        )
 
     def _race(
         self, setting: Setting, entries: list[Entry], where: str, tell: _Teller, gradients: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from .. import functional
 from ..base import Mechanism
 from ..call import AttentionCall
 from ..reference import evaluate
+from .inputs import HeadName
 from .measure import Inputs
 from .metrics import Exact, MeanOfValues, checked_rows, relative_l2
 
@@ -24,6 +25,7 @@ class Setting:
     Args:
         inputs: q, k, v in the tested dtype, on the tested device.
         scale: as in `sparseattn.attention`.
+        heads: of each query head its layer (None where unknown) and its number there.
         needle_rows: the first query that must find a planted key, or None.
         seed: of the sampled rows and of the gradients that are sent back.
     """
@@ -35,10 +37,12 @@ class Setting:
         scale: float | None,
         seed: int,
         backward: bool,
+        heads: Sequence[HeadName],
         needle_rows: int | None = None,
     ) -> None:
         self.inputs = inputs
         self.causal, self.scale, self.seed = causal, scale, seed
+        self.heads = heads
         self.needle_rows = needle_rows
         q, k, v = inputs
         self.call = AttentionCall.make(q, k, v, causal=causal, scale=scale)

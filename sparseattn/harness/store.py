@@ -31,6 +31,7 @@ ROW_FIELDS = (
     "status",
     "reason",
     "error",
+    "heads",
     "retained_mass",
     "oracle_rel_l2",
     "arithmetic",
@@ -95,9 +96,13 @@ def text(document: Any) -> str:
 
 
 def write(path: str | os.PathLike[str], document: Any) -> None:
-    """Write a document whole: to a file beside `path` that is synced and then renamed to it."""
+    """Write a document whole, as `write_text` does."""
+    write_text(path, text(document))
+
+
+def write_text(path: str | os.PathLike[str], written: str) -> None:
+    """Write a file whole: beside `path`, in UTF-8, synced and then renamed to it."""
     target = Path(path).absolute()
-    written = text(document)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
