@@ -29,9 +29,11 @@ _HOMES = {
     "explain": "functional",
     "hookimpl": "hookspecs",
     "list_mechanisms": "registry",
+    "make_cache": "integrations.decoding",
     "mechanism": "registry",
     "prefer": "registry",
     "register_mechanism": "registry",
+    "swap": "integrations.swapping",
 }
 
 __all__ = [
@@ -56,9 +58,11 @@ __all__ = [
     "explain",
     "hookimpl",
     "list_mechanisms",
+    "make_cache",
     "mechanism",
     "prefer",
     "register_mechanism",
+    "swap",
 ]
 
 if TYPE_CHECKING:
@@ -76,6 +80,8 @@ if TYPE_CHECKING:
     from .functional import attention, attention_weights, explain
     from .hookspecs import hookimpl
     from .implementation import Implementation
+    from .integrations.decoding import make_cache
+    from .integrations.swapping import swap
     from .layout import BlockLayout, Grid, Layout
     from .registry import list_mechanisms, mechanism, prefer, register_mechanism
 

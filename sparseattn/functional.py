@@ -194,12 +194,14 @@ def attention(
         UnsupportedCallError: the mechanism or implementation cannot serve the call.
         UnknownMechanismError, UnknownOptionError: no such name or option.
     """
-    mech = _resolve(mechanism, options)
-    q, k, v = _autocast(q, k, v)
-    call = AttentionCall.make(
+    out, lse, _ = serve(
+        _resolve(mechanism, options),
         q,
         k,
         v,
+        impl=impl,
+        cache=cache,
+        bias=bias,
         causal=causal,
         scale=scale,
         key_mask=key_mask,
@@ -208,11 +210,38 @@ def attention(
         q_offset=q_offset,
         softcap=softcap,
         sink_logits=sink_logits,
-        bias=None if cache is not None else bias,
         needs_lse=return_lse,
-        cached=cache is not None,
     )
-    if cache is not None:
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def serve(
+    mech: Mechanism,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    impl: str = "auto",
+    cache: Any = None,
+    bias: Tensor | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor | None, str]:
+    """`attention` of a mechanism at hand, and the name of the implementation that served it.
+
+    Args:
+        arguments: of `AttentionCall.make`.
+
+    Returns:
+        out, lse (or None where it was not asked for), and the implementation's name.
+    """
+    q, k, v = _autocast(q, k, v)
+    if cache is None:
+        call = AttentionCall.make(q, k, v, bias=bias, **arguments)
+    else:
+        call = AttentionCall.make(q, k, v, cached=True, **arguments)
         call = _checked(cache).admit(mech, call, bias)
     _refuse(mech, call)
     chosen = choose(mech, call, impl, cache)
@@ -224,10 +253,7 @@ def attention(
     out, lse = _check_result(chosen, mech, result, call)
     if cache is not None:
         cache.append(k, v, call)
-    if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse
+    return out, lse, chosen.name
 
 
 def attention_weights(

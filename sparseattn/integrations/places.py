@@ -1,0 +1,159 @@
+"""Which swap rules which attention module, now.
+
+A swap puts a `Place` on each module that it covers and takes it away when it is restored. The
+latest place of a module rules it, so swaps nest, and may be restored in any order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import SwapError
+
+if TYPE_CHECKING:
+    from .swapping import Swap
+
+# What attention code calls the states that keys come from where these are not the queries' own.
+_OTHER_STATES = ("key_value_states", "encoder_hidden_states", "memory", "context")
+# Where transformers keeps what all its models share, and which attends to nothing itself.
+_LIBRARY = ("transformers.modeling_utils", "transformers.generation.utils")
+_lock = threading.RLock()
+_places: weakref.WeakKeyDictionary[nn.Module, list[Place]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class Place:
+    """A swap's hold on one module, and what it counted there."""
+
+    swap: Swap
+    name: str
+    calls: int = 0
+    fallbacks: int = 0
+    impl: str | None = None
+    mechanism: str = ""
+    reason: str = ""
+    crossing: threading.local = field(default_factory=threading.local)
+
+    def count(self, mechanism: str, impl: str, reason: str = "", fallback: bool = False) -> None:
+        with _lock:
+            self.calls += 1
+            self.fallbacks += fallback
+            self.mechanism, self.impl = mechanism, impl
+            self.reason = reason or self.reason
+
+
+def put(module: nn.Module, place: Place) -> None:
+    with _lock:
+        _places.setdefault(module, []).append(place)
+
+
+def take_away(module: nn.Module, place: Place) -> None:
+    with _lock:
+        held = _places.get(module, [])
+        if place in held:
+            held.remove(place)
+        if not held:
+            _places.pop(module, None)
+
+
+def ruling(module: nn.Module) -> Place | None:
+    """The place that rules a module, or None outside of every swap."""
+    held = _places.get(module)
+    return held[-1] if held else None
+
+
+def ruling_or_raise(module: nn.Module) -> Place:
+    place = ruling(module)
+    if place is None:
+        raise SwapError(
+            f"{type(module).__name__} asked for sparseattn's attention, but no swap holds it; use "
+            "sparseattn.swap(model, spec) and leave the model's own setting alone"
+        )
+    return place
+
+
+def crosses(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a forward call attends to another sequence than its own."""
+    if getattr(module, "is_cross_attention", False) is True:
+        return True
+    if "CrossAttention" in type(module).__name__:
+        return True
+    if isinstance(module, nn.MultiheadAttention):
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        return given.get("key") is not given.get("query")
+    if any(kwargs.get(word) is not None for word in _OTHER_STATES):
+        return True
+    return any(at < len(args) and args[at] is not None for at in _positions(type(module)))
+
+
+_known_positions: dict[type, tuple[int, ...]] = {}
+
+
+def _positions(kind: type) -> tuple[int, ...]:
+    """Where a class's forward takes other states, as positional arguments."""
+    if kind not in _known_positions:
+        try:
+            names = list(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
+        except (TypeError, ValueError):
+            names = []
+        _known_positions[kind] = tuple(at for at, name in enumerate(names) if name in _OTHER_STATES)
+    return _known_positions[kind]
+
+
+def watch_crossing(module: nn.Module, place: Place) -> Callable[[], None]:
+    """Note at each forward of a module whether it attends to another sequence."""
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        place.crossing.now = crosses(module, args, kwargs)
+
+    return module.register_forward_pre_hook(note, with_kwargs=True).remove
+
+
+def code_names(kind: type) -> frozenset[str]:
+    """Every global and attribute name in the methods that a class defines above `nn.Module`."""
+    if kind not in _known_names:
+        names: set[str] = set()
+        for base in kind.__mro__:
+            if base is nn.Module:
+                break
+            if base.__module__ in _LIBRARY:
+                continue
+            for value in vars(base).values():
+                function = inspect.unwrap(value) if callable(value) else value
+                code = getattr(function, "__code__", None)
+                if code is not None:
+                    names.update(code.co_names)
+        _known_names[kind] = frozenset(names)
+    return _known_names[kind]
+
+
+_known_names: dict[type, frozenset[str]] = {}
+
+
+class _Inside(threading.local):
+    depth = 0
+
+
+_inside = _Inside()
+
+
+@contextlib.contextmanager
+def inside() -> Iterator[None]:
+    """While our own attention runs: torch's function is then torch's."""
+    _inside.depth += 1
+    try:
+        yield
+    finally:
+        _inside.depth -= 1
+
+
+def is_inside() -> bool:
+    return _inside.depth > 0
