@@ -17,6 +17,7 @@ import typer
 
 from ..errors import InvalidInputError
 from ..harness import store
+from ..harness.units import printable
 
 STDOUT = "-"
 JsonPath = Annotated[
@@ -25,13 +26,6 @@ JsonPath = Annotated[
 ]
 _BAR_AFTER = 2.0  # seconds before a progress bar shows
 _LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
-
-
-def printable(text: object) -> str:
-    """One line of text without control codes: a plugin's words may hold any."""
-    return "".join(
-        c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in str(text)
-    )
 
 
 def check_json(path: str | None) -> None:

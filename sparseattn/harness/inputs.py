@@ -285,8 +285,8 @@ def _file_scale(path: Path, metadata: Mapping[str, str], width: int) -> float | 
 def head_names(provenance: Mapping[str, Any], count: int) -> list[HeadName]:
     """The layer and the number there of each query head, as a recorded file's metadata has them.
 
-    They stand under `heads`: JSON, a list with a string `LAYER head HEAD` for each query head. Where
-    that is missing or of another form, the heads are counted and have no layer.
+    They stand under `heads`: JSON, a list with a string `LAYER head HEAD` for each query head.
+    Where that is missing or of another form, the heads are counted and have no layer.
     """
     try:
         said = json.loads(provenance["heads"])

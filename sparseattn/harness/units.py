@@ -1,6 +1,13 @@
-"""Numbers in words that people read: seconds, bytes, and a dash where there is none."""
+"""Values in words that people read: seconds, bytes, a dash where there is none, safe text."""
 
 from __future__ import annotations
+
+
+def printable(text: object) -> str:
+    """One line of text without control codes: a plugin's words may hold any."""
+    return "".join(
+        c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in str(text)
+    )
 
 
 def number(value: float | None, spec: str = ".3g") -> str:

@@ -1,0 +1,1 @@
+"""One self-contained HTML page from stored results; `page.report` writes it."""
