@@ -18,6 +18,7 @@ _HOMES = {
     "Layout": "layout",
     "MaskedSoftmax": "base",
     "Mechanism": "base",
+    "MultiheadAttention": "modules",
     "PluginError": "errors",
     "SparseAttnError": "errors",
     "SwapError": "errors",
@@ -46,6 +47,7 @@ __all__ = [
     "Layout",
     "MaskedSoftmax",
     "Mechanism",
+    "MultiheadAttention",
     "PluginError",
     "SparseAttnError",
     "SwapError",
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from .integrations.decoding import make_cache
     from .integrations.swapping import swap
     from .layout import BlockLayout, Grid, Layout
+    from .modules import MultiheadAttention
     from .registry import list_mechanisms, mechanism, prefer, register_mechanism
 
     __version__: str

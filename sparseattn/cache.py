@@ -45,6 +45,12 @@ def keeping() -> Iterator[None]:
         yield
 
 
+def _first_allowed(mask: Tensor) -> list[int]:
+    """Of each row of a bool `[B, n]`, the first True, or -1."""
+    found: list[int] = torch.where(mask.any(1), mask.to(torch.int8).argmax(1), -1).tolist()
+    return found
+
+
 def starts(
     first: list[int] | None, length: int, call: AttentionCall, mask: Tensor | None
 ) -> list[int] | None:
@@ -59,7 +65,7 @@ def starts(
     found = [-1] * call.batch if first is None else list(first)
     if mask is None:
         return [length if x < 0 else x for x in found]
-    new = torch.where(mask.any(1), mask.to(torch.int8).argmax(1), -1).tolist()
+    new = _first_allowed(mask)
     found = [length + y if x < 0 <= y else x for x, y in zip(found, new, strict=True)]
     return None if not any(found) else found
 
@@ -75,6 +81,7 @@ class Cache(abc.ABC):
     """
 
     keeps_keys = False  # all of them
+    _first: list[int] | None
 
     def __init__(
         self,
@@ -132,6 +139,12 @@ class Cache(abc.ABC):
     def nbytes(self) -> int:
         """The memory held, in bytes."""
         return sum(x.untyped_storage().nbytes() for x in self._tensors())
+
+    @property
+    def first(self) -> list[int] | None:
+        """The first token of each row that may be seen, from which absolute positions count: -1
+        where there is none yet; None where all are token 0."""
+        return self._first
 
     # What a kind of cache gives.
 
@@ -331,6 +344,10 @@ class KeyCache(Cache):
     def key_mask(self) -> Tensor | None:
         """Which keys may be seen, bool `[B, length]`; None where all may."""
         return self._mask
+
+    @property
+    def first(self) -> list[int] | None:
+        return None if self._mask is None else _first_allowed(self._mask)
 
     def _whole_mask(self, mask: Tensor | None, n: int) -> Tensor | None:
         if self._mask is None:

@@ -20,7 +20,7 @@ FLOORS = (
     {"base", "implementation", "cache", "cache_ring", "cache_rows", "cache_state"},
     {"hookspecs", "specs", "admission", "discovery", "claims", "preference", "registry"},
     {"functional", "choice"},
-    {"modules", "integrations"},
+    {"modules", "rotary", "torch_inputs", "integrations"},
     {"harness", "testing"},
     {"cli"},
 )
