@@ -154,7 +154,7 @@ def make_cache(model: nn.Module) -> Any:
         InvalidInputError: not a transformers model.
         SwapError: its layers cannot be told apart.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
         raise InvalidInputError(
             f"model must be a transformers model, got {type(model).__name__}; for other modules "
@@ -187,14 +187,12 @@ _Layer: Any = None
 
 def _self_attention(model: nn.Module) -> dict[int, nn.Module]:
     """The self-attention of each layer, by its index."""
-    from .transformers_route import is_reachable
-
     found: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
         last = name.rpartition(".")[2].lower()
         other = any(word in last for word in ("cross", "encoder_attn", "encdec"))
-        if isinstance(index, int) and is_reachable(module) and not other:
+        if isinstance(index, int) and places.asks_transformers(module) and not other:
             found.setdefault(index, module)
     return found
 

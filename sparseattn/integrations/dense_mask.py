@@ -40,18 +40,20 @@ def read(mask: Tensor, batch: int, n: int, m: int, dtype: torch.dtype) -> dict[s
 
 
 def _read_shared(allowed: Tensor, n: int, m: int) -> dict[str, Any] | None:
-    """Of a mask `[B, N or 1, M]` that all heads share."""
-    keys = allowed[:, -1]
-    if bool((allowed == keys[:, None]).all()):
-        return {"key_mask": keys.contiguous()}
-    if n > m:
+    """Of a mask `[B, N or 1, M]` that all heads share; None where it says something else."""
+    rows, keys = allowed.shape[1], allowed.any(1)
+    if not bool(keys.any()) or (n > 1 and bool((allowed == keys[:, None]).all())):
+        return {"key_mask": keys}
+    if rows != n:
         return None
-    causal = torch.ones(n, m, dtype=torch.bool, device=allowed.device).tril(m - n)
+    # A causal query stands at the last key that it sees; keys beyond, which no query sees, are the
+    # unwritten room of a static cache.
+    last = int((allowed[:, -1] * torch.arange(1, m + 1, device=allowed.device)).max()) - 1
+    offset = last - (n - 1)
+    causal = torch.ones(n, m, dtype=torch.bool, device=allowed.device).tril(offset)
     if not bool((allowed == (causal & keys[:, None])).all()):
         return None
-    return {"causal": True} | ({} if bool(keys.all()) else _padded(keys, n, m))
-
-
-def _padded(keys: Tensor, n: int, m: int) -> dict[str, Any]:
+    if offset == m - n and bool(keys.all()):
+        return {"causal": True}
     # Where the queries stand is said outright: padding on the right moves nobody.
-    return {"key_mask": keys.contiguous(), "q_offset": m - n}
+    return {"causal": True, "key_mask": keys, "q_offset": offset}

@@ -62,7 +62,7 @@ class LazyMask:
 
     Attributes:
         batch, n, m: rows, queries, keys. q_offset, kv_offset: positions of the first of each.
-        padding: bool `[B, m]` for the keys, or None where all may be seen.
+        padding: True where a token may be seen, `[B, tokens]`, or None where all may.
         kind: "causal", "bidirectional", or "custom" where only the dense mask tells.
         clip: the model's own window, or None. segments: int `[B, n]`, or None.
     """
@@ -89,17 +89,18 @@ class LazyMask:
             self.kind, clips, segments = "custom", [], []
         self.clip: Clip | None = clips[0] if clips else None
         self.segments: Tensor | None = segments[0] if segments else None
-        self.all_padding: Tensor | None = given.get("attention_mask")
-        if self.all_padding is not None and bool(self.all_padding.all()):
+        padding: Tensor | None = given.get("attention_mask")
+        if padding is not None and bool(padding.all()):
             # What lies beyond it is not written yet, which causal queries cannot see anyway.
-            wide = self.all_padding.shape[1] >= self.kv_offset + self.m
-            self.all_padding = None if wide or self.kind == "causal" else self.all_padding
+            wide = padding.shape[1] >= self.kv_offset + self.m
+            padding = None if wide or self.kind == "causal" else padding
+        self.padding = padding
 
     def padding_of(self, start: int, count: int) -> Tensor | None:
         """Which of `count` keys from position `start` may be seen, bool `[B, count]`."""
-        if self.all_padding is None:
+        if self.padding is None:
             return None
-        found = self.all_padding[:, start : start + count].to(torch.bool)
+        found = self.padding[:, start : start + count].to(torch.bool)
         missing = count - found.shape[1]
         return torch.nn.functional.pad(found, (0, missing)) if missing else found
 

@@ -138,6 +138,11 @@ def code_names(kind: type) -> frozenset[str]:
 _known_names: dict[type, frozenset[str]] = {}
 
 
+def asks_transformers(module: nn.Module) -> bool:
+    """Whether a module's class asks transformers for its attention function."""
+    return "ALL_ATTENTION_FUNCTIONS" in code_names(type(module))
+
+
 class _Inside(threading.local):
     depth = 0
 

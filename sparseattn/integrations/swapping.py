@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class Swap:
 
     def _enter(self, model: nn.Module) -> None:
         modules = dict(model.named_modules())
-        asking = {n: m for n, m in modules.items() if transformers_route.is_reachable(m)}
+        asking = {n: m for n, m in modules.items() if places.asks_transformers(m)}
         calling = {n: m for n, m in modules.items() if sdpa_route.may_reach(m) and n not in asking}
         _check_reachable(model, asking, calling)
         if asking:
@@ -76,7 +77,7 @@ class Swap:
             views: dict[int, Any] = {}
             for module in modules.values():
                 transformers_route.hold(module, views)
-                self._undo.append(lambda module=module: transformers_route.release(module))
+                self._undo.append(functools.partial(transformers_route.release, module))
             for name, module in asking.items():
                 place = self._put(name, module)
                 self._undo.append(places.watch_crossing(module, place))

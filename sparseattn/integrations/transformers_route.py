@@ -56,11 +56,6 @@ _held: weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[str, Any]]] = (
 )
 
 
-def is_reachable(module: nn.Module) -> bool:
-    """Whether a module's class asks transformers for its attention function."""
-    return "ALL_ATTENTION_FUNCTIONS" in places.code_names(type(module))
-
-
 def _configs(module: nn.Module) -> dict[str, Any]:
     library = sys.modules.get("transformers.configuration_utils")
     if library is None:
@@ -97,7 +92,7 @@ def _view(config: Any) -> Any:
                 "__reduce_ex__": lambda self, protocol: original(self).__reduce_ex__(protocol),
             },
         )
-    found = object.__new__(_views[kind])
+    found: Any = object.__new__(_views[kind])
     object.__setattr__(found, "__dict__", config.__dict__)
     return found
 
@@ -168,7 +163,9 @@ class Request:
         """What the module would have computed outside of the swap."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        eager = getattr(sys.modules[type(self.module).__module__], "eager_attention_forward", None)
+        eager: Any = getattr(
+            sys.modules[type(self.module).__module__], "eager_attention_forward", None
+        )
         function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.original_name, eager)
         mask = self.mask.dense() if isinstance(self.mask, LazyMask) else self.mask
         with places.inside():
