@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import SparseAttnError
-from . import checks, comparing, diagnosis, mechanisms, reporting, scaffold
+from . import checks, comparing, diagnosis, mechanisms, models, reporting, scaffold
 from .output import printable
 
 HELP = """Every attention mechanism under one name, one contract and one honest measurement.
@@ -53,6 +53,8 @@ app.command("show")(mechanisms.show)
 app.command("compare")(comparing.compare)
 app.command("check")(checks.check)
 app.command("bench")(comparing.bench)
+app.command("evaluate")(models.evaluate)
+app.command("record")(models.record)
 app.command("report")(reporting.report)
 app.command("doctor")(diagnosis.doctor)
 app.command("new")(scaffold.new)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -48,14 +47,14 @@ Resume = Annotated[
 ]
 
 
-def _check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str) -> None:
     if dtype not in ("float64", "float32", "bfloat16", "float16"):
         raise InvalidInputError(
             f"--dtype got {dtype!r:.80}; expected float64, float32, bfloat16 or float16"
         )
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     import torch
 
     try:
@@ -77,14 +76,11 @@ def _measure(
     which: str, specs: list[str] | None, json: str | None, resume: bool, **given: Any
 ) -> Any:
     """What the harness's `compare` or `bench` makes of it, journalled beside PATH."""
-    output.check_json(json)
-    if resume and json in (None, output.STDOUT):
-        raise InvalidInputError("--resume needs --json PATH: it goes on from the journal PATH.part")
-    _check_dtype(given["dtype"])
-    _check_device(given["device"])
+    journal = output.journal_of(json, resume)
+    check_dtype(given["dtype"])
+    check_device(given["device"])
     from ..harness import run
 
-    journal = None if json in (None, output.STDOUT) else Path(f"{json}.part")
     with output.own_stdout(), output.Progress() as progress:
         measure = run.bench if which == "bench" else run.compare
         result = measure(specs or None, journal=journal, resume=resume, progress=progress, **given)

@@ -43,6 +43,20 @@ def check_json(path: str | None) -> None:
         raise InvalidInputError(f"--json got {path!r}, but there is no folder {target.parent}")
 
 
+def journal_of(path: str | None, resume: bool) -> Path | None:
+    """The journal beside `--json PATH`, or None where there is no such file.
+
+    Raises:
+        InvalidInputError: it cannot be written, or there is none to go on from.
+    """
+    check_json(path)
+    if path is not None and path != STDOUT:
+        return Path(f"{path}.part")
+    if resume:
+        raise InvalidInputError("--resume needs --json PATH: it goes on from the journal PATH.part")
+    return None
+
+
 def write_json(path: str | None, value: Any) -> None:
     """Write `value` whole: to standard output for `-`, else to a file by rename."""
     if path is None:

@@ -9,6 +9,7 @@ from ..harness.units import number, seconds, size
 from .output import printable, say, table
 
 Row = Mapping[str, Any]
+WORST = 3  # heads of a mechanism that are named
 
 
 def _get(row: Row, field: str, part: str) -> float | None:
@@ -76,6 +77,57 @@ def print_comparison(rows: Iterable[Row]) -> None:
             ],
             title=f"{source}, length {length}, {kind}, {dtype}{drawn}",
         )
+        _print_worst_heads(group)
+
+
+def _print_worst_heads(rows: Iterable[Row]) -> None:
+    """Where each mechanism is furthest off, on recorded heads: the rest have no layer to name."""
+    lines = []
+    for row in rows:
+        heads = [head for head in row["heads"] or [] if head["layer"] is not None]
+        heads = [head for head in heads if (head["rel_l2"] or 0) > 0]
+        worst = sorted(heads, key=lambda head: -head["rel_l2"])[:WORST]
+        if worst and row["nature"] != "exact":
+            named = [f"{h['layer']}.{h['head']} ({number(h['rel_l2'])})" for h in worst]
+            lines.append([row["mechanism"], ", ".join(named)])
+    if lines:
+        say()
+        table(["mechanism", "worst heads, as layer.head (rel. error)"], lines)
+
+
+def print_evaluation(result: Mapping[str, Any]) -> None:
+    """A table of what each mechanism does to a model."""
+    facts = result["manifest"]
+    start, end = facts["score"]
+    where = f"{facts['model']} on {facts['text']['file']}, {facts['windows']} x {facts['context']}"
+    table(
+        [
+            "mechanism",
+            "impl",
+            "perplexity",
+            "KL",
+            "same top",
+            "time/token",
+            "speedup",
+            "memory",
+            "notes",
+        ],
+        [
+            [
+                row["mechanism"],
+                row["impl"] or "-",
+                number(row["perplexity"], ".4g"),
+                number(row["kl"]),
+                number(row["top1_agreement"], ".1%"),
+                seconds(row["s_per_token"]),
+                number(row["speedup"], ".2f"),
+                size(row["peak_bytes"]),
+                _notes(row),
+            ]
+            for row in result["rows"]
+        ],
+        title=f"{where} tokens, scored {start}:{end}, {facts['dtype']}",
+    )
 
 
 def _backward(row: Row, part: str) -> Any:

@@ -116,7 +116,7 @@ def decoy(inputs: Inputs, number: int) -> Inputs:
     return q, k, inputs[2].roll(shift % max(m, 1), dims=2) * factor
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -246,13 +246,13 @@ class Race:
         gc.disable()
         try:
             with torch.set_grad_enabled(grad is not None):
-                _wait(device)
+                wait(device)
                 start = _clock()
                 out = contender.run(*given)
                 grads = None
                 if grad is not None:
                     grads = torch.autograd.grad(out, given, grad, allow_unused=True)
-                _wait(device)
+                wait(device)
                 return _clock() - start, out, grads
         finally:
             if collecting:

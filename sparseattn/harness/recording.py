@@ -82,7 +82,7 @@ def _observe_transformers(model: Any, see: Callable[[Seen], None]) -> Iterator[N
         ) -> Any:
             # What "eager" means is in the module's own file.
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-            original = eager if name == "eager" else registered[name]
+            original: Any = eager if name == "eager" else registered[name]
             if module in own:
                 see(_seen(module, query, key, value, words))
             return original(module, query, key, value, mask, **words)
@@ -234,7 +234,12 @@ def record(
             "max_mb"
         )
     first = found[kept[0]]
-    left_out = {key: value for at in kept for key, value in found[at].more.items()}
+    left_out = {
+        key: value
+        for at in kept
+        for key, value in found[at].more.items()
+        if key != "sliding_window" or int(value) < len(ids)
+    }
     facts = {
         "what": "q, k, v of self-attention: after rotary positions, before the scale",
         **loaded.facts,

@@ -42,7 +42,7 @@ DEFAULT_SPECS = (
 BENCH_SPECS = ("full", "windowed(window=256)", "bigbird", "topk_blocks", "linear")
 BENCH_LENGTHS = (512, 1024, 2048, 4096)
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-_CONTROLS = ("full", "oracle_topk")
+CONTROLS = ("full", "oracle_topk")
 
 
 def compare(
@@ -88,12 +88,12 @@ def compare(
     Raises:
         InvalidInputError, UnknownMechanismError, UnknownOptionError: before any work is done.
     """
-    dtype, device = _dtype(dtype), torch.device(device)
+    dtype, device = checked_dtype(dtype), torch.device(device)
     if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
         raise InvalidInputError(f"runs must be an int of at least 1, got {runs!r:.80}")
     sources = [source(name) for name in inputs]
     settings = list(_settings(sources, lengths, seeds))
-    wanted = _mechanisms(_registered(DEFAULT_SPECS) if specs is None else specs)
+    wanted = mechanisms(registered(DEFAULT_SPECS) if specs is None else specs)
     _check_impl(impl, wanted, device)
     entries = _with_controls(wanted, impl)
     facts = _manifest(
@@ -130,7 +130,7 @@ def bench(
         gradients; null below two lengths.
     """
     result = compare(
-        _registered(BENCH_SPECS) if specs is None else specs,
+        registered(BENCH_SPECS) if specs is None else specs,
         inputs=inputs,
         lengths=BENCH_LENGTHS if lengths is None else lengths,
         **options,
@@ -269,20 +269,20 @@ def _median(trial: Trial | None) -> float | None:
     return None if summary is None else summary["median_s"]
 
 
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+def checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise InvalidInputError(f"dtype got {name!r:.80}; expected one of {', '.join(DTYPES)}")
     return getattr(torch, name)
 
 
-def _registered(specs: Sequence[str]) -> list[str]:
+def registered(specs: Sequence[str]) -> list[str]:
     """Those whose mechanism this process has: SPARSEATTN_PLUGINS may leave some out."""
     names = {record.name for record in registry.list_mechanisms()}
     return [spec for spec in specs if spec.partition("(")[0] in names]
 
 
-def _mechanisms(specs: Sequence[str | Mechanism]) -> list[Mechanism]:
+def mechanisms(specs: Sequence[str | Mechanism]) -> list[Mechanism]:
     """The mechanisms in the order given, each once."""
     found: dict[str, Mechanism] = {}
     for spec in specs:
@@ -312,13 +312,13 @@ def _check_impl(impl: str, mechanisms: Sequence[Mechanism], device: torch.device
 
 def _with_controls(mechanisms: Sequence[Mechanism], impl: str) -> list[Entry]:
     """The mechanisms, with `full` before them where it is not asked for, and the mean after."""
-    entries = [Entry(mech, impl, mech.name in _CONTROLS) for mech in mechanisms]
+    entries = [Entry(mech, impl, mech.name in CONTROLS) for mech in mechanisms]
     if not any(mech.name == "full" for mech in mechanisms):
-        entries.insert(0, Entry(_exact(), control=True))
+        entries.insert(0, Entry(exact_control(), control=True))
     return [*entries, Entry(MeanOfValues(), control=True)]
 
 
-def _exact() -> Mechanism:
+def exact_control() -> Mechanism:
     try:
         return registry.mechanism("full")
     except UnknownMechanismError:  # SPARSEATTN_PLUGINS leaves it out

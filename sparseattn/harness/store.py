@@ -12,7 +12,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +127,21 @@ class Journal:
         manifest: of this session.
         resume: go on from what the file holds; without it the file is begun anew. A file that is
             not there is begun.
+        fields: what a row has at least.
 
     Raises:
         InvalidInputError: the file is no journal, or was begun with another manifest.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], manifest: Mapping[str, Any], resume: bool = False
+        self,
+        path: str | os.PathLike[str],
+        manifest: Mapping[str, Any],
+        resume: bool = False,
+        fields: Collection[str] = ROW_FIELDS,
     ) -> None:
         self.path = Path(path)
+        self._fields = frozenset(fields)
         self.rows: list[dict[str, Any]] = []
         self._manifest = plain(manifest)
         keep = 0
@@ -168,9 +174,9 @@ class Journal:
 
     def _take(self, record: Any, number: int) -> None:
         before = record.pop("manifest", None) if isinstance(record, dict) else None
-        if not isinstance(before, dict) or not set(record) >= set(ROW_FIELDS):
+        if not isinstance(before, dict) or not set(record) >= self._fields:
             raise InvalidInputError(
-                f"line {number} of the journal {self.path} is no row of a comparison with its "
+                f"line {number} of the journal {self.path} is no row of these results with its "
                 "manifest; remove the file to begin anew"
             )
         self._check(before)
