@@ -84,10 +84,10 @@ def _print_worst_heads(rows: Iterable[Row]) -> None:
     """Where each mechanism is furthest off, on recorded heads: the rest have no layer to name."""
     lines = []
     for row in rows:
-        heads = [head for head in row["heads"] or [] if head["layer"] is not None]
+        heads = [head for head in row.get("heads") or [] if head["layer"] is not None]
         heads = [head for head in heads if (head["rel_l2"] or 0) > 0]
         worst = sorted(heads, key=lambda head: -head["rel_l2"])[:WORST]
-        if worst and row["nature"] != "exact":
+        if worst and row.get("nature") != "exact":
             named = [f"{h['layer']}.{h['head']} ({number(h['rel_l2'])})" for h in worst]
             lines.append([row["mechanism"], ", ".join(named)])
     if lines:
