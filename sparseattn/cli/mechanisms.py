@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import InvalidInputError
 from ..harness import store
 from . import output
 from .output import JsonPath, say, table
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from ..base import Mechanism
     from ..call import AttentionCall
     from ..registry import MechanismRecord
+    from .attention_map import AttentionMaps
+    from .picture import Picture
 
 _HEADS, _KV_HEADS, _WIDTH, _LENGTH = 4, 2, 16, 12  # of the calls that `show` asks about
 
@@ -87,22 +90,41 @@ def show(
         int | None,
         typer.Option(metavar="N", help="Draw the pattern for this many queries and keys."),
     ] = None,
+    as_map: Annotated[
+        bool,
+        typer.Option(
+            "--map",
+            help="Draw the attention map on a recorded head instead, beside the exact one; of 256 "
+            "positions without --length.",
+        ),
+    ] = False,
+    layer: Annotated[
+        int | None, typer.Option(metavar="N", help="With --map: a head of this layer.")
+    ] = None,
+    head: Annotated[
+        int | None, typer.Option(metavar="N", help="With --map: the head of this number there.")
+    ] = None,
     causal: Annotated[bool, typer.Option("--causal/--no-causal")] = True,
     save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Save the pattern as an image (x.png).")
+        Path | None, typer.Option(metavar="FILE", help="Save the drawing as an image (x.png).")
     ] = None,
     json: JsonPath = None,
 ) -> None:
     """What a mechanism is: its maths, options, supported calls, implementations and pattern."""
     output.check_json(json)
+    for word, given_head in (("layer", layer), ("head", head)):
+        if given_head is not None and not as_map:
+            raise InvalidInputError(
+                f"--{word} {given_head} chooses a head of --map; give --map too"
+            )
     from .. import registry, specs
 
     name, given = specs.parse(spec)
     cls = registry.lookup(name)
     record = next(r for r in registry.list_mechanisms() if r.name == name)
     needed = [n for n, option in record.options.items() if option.required and n not in given]
-    wants_picture = length is not None or save is not None
-    picture = None
+    wants_picture = as_map or length is not None or save is not None
+    picture: Picture | AttentionMaps | None = None
     with output.own_stdout(), output.Progress() as progress:
         # A name alone shows a mechanism whose options have no defaults, too.
         mech = None if needed and not given and not wants_picture else registry.mechanism(spec)
@@ -114,13 +136,20 @@ def show(
             "calls": [] if mech is None else _calls(mech),
             "implementations": [] if mech is None else _implementations(mech),
         }
-        if mech is not None and wants_picture:
+        if mech is not None and as_map:
+            from . import attention_map as maps
+
+            picture = maps.draw(
+                mech, maps.DEFAULT_LENGTH if length is None else length, causal, layer, head
+            )
+            found["map"] = picture.record()
+        elif mech is not None and wants_picture:
             from . import picture as pictures
 
             picture = pictures.draw(mech, 1024 if length is None else length, causal, progress)
             found["pattern"] = picture.record()
-            if save is not None:
-                picture.save(save)
+        if picture is not None and save is not None:
+            picture.save(save)
     output.write_json(json, found)
     if json == output.STDOUT:
         return

@@ -22,6 +22,37 @@ _PIXELS = 1024
 _BLOCKS, _ASCII = " ░▒▓█", " .:*#"
 
 
+def shades(encoding: str | None) -> str:
+    """From nothing to all, in characters that the encoding has."""
+    try:
+        _BLOCKS.encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return _ASCII
+    return _BLOCKS
+
+
+def write_image(cells: NDArray[np.float64], path: Path) -> None:
+    """Write `[rows, columns]` of 0 to 1 as an image: black for 1, white for 0.
+
+    Raises:
+        SparseAttnError: pillow is not installed, or the file cannot be written.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise SparseAttnError(
+            "--save needs pillow, which is not installed: pip install 'sparseattn[report]'"
+        ) from None
+    # The square root lifts thin lines, which a pixel of many pairs would swallow.
+    shade = np.round(255 * (1 - np.sqrt(cells))).astype(np.uint8)
+    zoom = max(1, 512 // max(shade.shape))
+    image = Image.fromarray(shade.repeat(zoom, axis=0).repeat(zoom, axis=1))
+    try:
+        image.save(path)
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"--save got {str(path)!r}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Picture:
     """The share of pairs used in each cell of a grid.
@@ -52,23 +83,19 @@ class Picture:
 
     def lines(self, encoding: str | None = "utf-8") -> list[str]:
         """The picture in characters: queries downward, keys to the right."""
-        shades = _BLOCKS
-        try:
-            shades.encode(encoding or "ascii")
-        except (UnicodeEncodeError, LookupError):
-            shades = _ASCII
+        marks = shades(encoding)
         # Rounded up: a cell in which any pair is used is never blank.
-        levels = np.ceil(self.coarse * (len(shades) - 1)).astype(int)
+        levels = np.ceil(self.coarse * (len(marks) - 1)).astype(int)
         rows, columns = levels.shape
         causal = "causal" if self.causal else "not causal"
         head = f", {self.head}" if self.head else ""
         return [
             f"Pattern, {self.length} queries (down) by {self.length} keys (right), {causal}{head}",
             "+" + "-" * columns + "+",
-            *("|" + "".join(shades[level] for level in row) + "|" for row in levels),
+            *("|" + "".join(marks[level] for level in row) + "|" for row in levels),
             "+" + "-" * columns + "+",
             f"A character is {self.length / rows:g} queries by {self.length / columns:g} keys: "
-            f"none used {shades[0]!r}, some to all {shades[1:]!r}. "
+            f"none used {marks[0]!r}, some to all {marks[1:]!r}. "
             f"Used: {self.density:.2%} of the pairs that the call allows",
         ]
 
@@ -78,20 +105,7 @@ class Picture:
         Raises:
             SparseAttnError: pillow is not installed, or the file cannot be written.
         """
-        try:
-            from PIL import Image
-        except ImportError:
-            raise SparseAttnError(
-                "--save needs pillow, which is not installed: pip install 'sparseattn[report]'"
-            ) from None
-        # The square root lifts thin lines, which a pixel of many pairs would swallow.
-        shade = np.round(255 * (1 - np.sqrt(self.fine))).astype(np.uint8)
-        zoom = max(1, 512 // max(shade.shape))
-        image = Image.fromarray(shade.repeat(zoom, axis=0).repeat(zoom, axis=1))
-        try:
-            image.save(path)
-        except (OSError, ValueError) as error:
-            raise InvalidInputError(f"--save got {str(path)!r}: {error}") from error
+        write_image(self.fine, path)
 
 
 def draw(
