@@ -9,7 +9,7 @@
     const style = getComputedStyle(document.documentElement);
     const of = (name) => style.getPropertyValue("--" + name).trim();
     const font = style.fontFamily;
-    const text = { font, fontSize: 12, fill: of("ink") };
+    const text = { font, fontSize: 12, color: of("ink") };
     return {
       background: "transparent",
       font,
@@ -27,12 +27,12 @@
       style: {
         name: text,
         end: { font, fontSize: 12 },
-        halo: { ...text, stroke: of("paper"), strokeWidth: 4, strokeJoin: "round" },
-        guide: { stroke: of("soft"), strokeDash: [2, 3] },
-        "guide-words": { font, fontSize: 11, fill: of("soft") },
-        front: { stroke: of("front"), strokeWidth: 1.5, opacity: 1 },
-        leader: { stroke: of("line") },
-        dot: { filled: true, size: 90, opacity: 1, strokeWidth: 1.8, fill: of("c1"), stroke: of("c1") },
+        halo: { ...text, color: of("paper"), stroke: of("paper"), strokeWidth: 4, strokeJoin: "round" },
+        guide: { color: of("soft"), strokeDash: [2, 3] },
+        "guide-words": { font, fontSize: 11, color: of("soft") },
+        front: { color: of("ink"), strokeWidth: 1.2 },
+        leader: { color: of("line") },
+        dot: { filled: true, size: 90, opacity: 1, strokeWidth: 1.8, color: of("c1"), stroke: of("c1") },
         heat: { stroke: of("paper"), strokeWidth: 1 },
       },
     };

@@ -20,14 +20,19 @@ from ...errors import InvalidInputError, SparseAttnError
 from ..store import write_text
 from . import charts, tables
 from .charts import Chart
-from .stored import COMPARISON, EVALUATION, GROWTH, Row, Stored, differences, read, value
+from .dots import perplexity
+from .growth import growth
+from .heads import by_head
+from .scatter import ERROR_AND_TIME, PERPLEXITY_AND_TIME, scatter
+from .stored import COMPARISON, EVALUATION, GROWTH, Row, Stored, differences, read
 from .tables import escape
 
 _KINDS = {
     COMPARISON: "Comparison with exact attention",
     GROWTH: "Growth with length",
-    EVALUATION: "In a model",
+    EVALUATION: "A model with each mechanism swapped in",
 }
+_KEY = "a header sorts; bold is on the Pareto front, italic a control"
 _PROMISE = {
     COMPARISON: "what each attention mechanism loses against exact attention, and what it gains in "
     "time and memory",
@@ -111,7 +116,9 @@ def _scripts() -> tuple[str, str]:
             "pip install 'sparseattn[report]'"
         ) from None
     version = charts.altair().SCHEMA_VERSION
-    bundle = vl_convert.javascript_bundle(vl_version=version.lstrip("v").rpartition(".")[0])
+    bundle = vl_convert.javascript_bundle(
+        "window.vegaEmbed = vegaEmbed;", version.lstrip("v").rpartition(".")[0]
+    )
     # No string in it may end the element it stands in.
     return bundle.replace("</script", "<\\/script"), _own("page.js")
 
@@ -168,10 +175,11 @@ class _Page:
 {self._overview()}{body}</main>
 <footer>
 <p>Made by sparseattn {escape(__version__)} from stored results alone; it loads nothing.
-Charts: Vega, Vega-Lite and vega-embed, University of Washington Interactive Data Lab, BSD 3-Clause.</p>
+The charts are drawn by Vega, Vega-Lite and vega-embed (University of Washington Interactive Data
+Lab, BSD 3-Clause), which stand in this page.</p>
 </footer>
-<noscript><p class="warning">The charts and the sorting of tables need JavaScript; every number is in
-the tables.</p></noscript>
+<noscript><p class="warning">The charts and the sorting of tables need JavaScript; every number is
+in the tables.</p></noscript>
 <script type="application/json" id="charts">{_json(self.specs)}</script>
 <script>{bundle}</script>
 <script>{own}</script>
@@ -204,7 +212,7 @@ the tables.</p></noscript>
 
     def _difference(self, name: str) -> str:
         told = [json.dumps(one.manifest.get(name), ensure_ascii=False) for one in self.documents]
-        return f"{escape(name)}: " + escape(" | ".join(text[:120] for text in told))
+        return f"{escape(name)}: " + escape(" | ".join(text[:60] for text in told))
 
     def _file(self, at: int, document: Stored) -> str:
         parts = [f'<section id="file-{at}">\n<h2>{_KINDS[document.kind]}</h2>\n']
@@ -218,7 +226,7 @@ the tables.</p></noscript>
             parts.append(self._evaluation(document))
         else:
             for group in document.by_length():
-                chart = charts.growth(group)
+                chart = growth(group)
                 if chart is not None:
                     parts.append(self._figure(document, chart, _setting(group[0], length=False)))
             if document.growth:
@@ -231,17 +239,17 @@ the tables.</p></noscript>
     def _setting(self, document: Stored, rows: list[dict[str, Any]]) -> str:
         name = _setting(rows[0])
         facts = tables.facts(document.kind)
-        found = [charts.scatter(rows, charts.ERROR_AND_TIME, facts), charts.by_head(rows)]
+        found = [scatter(rows, ERROR_AND_TIME, facts), by_head(rows)]
         figures = [self._figure(document, chart, name) for chart in found if chart is not None]
-        shown = tables.table(tables.columns(document.kind, rows), rows, f"All rows: {name}")
+        shown = tables.table(tables.columns(document.kind, rows), rows, f"{name}: {_KEY}")
         return f"<h3>{escape(name)}</h3>\n{_said(rows)}{''.join(figures)}{shown}"
 
     def _evaluation(self, document: Stored) -> str:
         rows = document.rows
         facts = tables.facts(document.kind)
-        found = [charts.perplexity(rows), charts.scatter(rows, charts.PERPLEXITY_AND_TIME, facts)]
+        found = [perplexity(rows), scatter(rows, PERPLEXITY_AND_TIME, facts)]
         figures = [self._figure(document, chart, "") for chart in found if chart is not None]
-        shown = tables.table(tables.columns(document.kind, rows), rows, "All rows")
+        shown = tables.table(tables.columns(document.kind, rows), rows, f"All rows: {_KEY}")
         return f"{_said(rows)}{''.join(figures)}{shown}"
 
     def _figure(self, document: Stored, chart: Chart, setting: str) -> str:
@@ -256,7 +264,7 @@ the tables.</p></noscript>
         )
 
 
-def _plural(count: int, word: str) -> str:
+def _plural(count: Any, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
@@ -278,7 +286,7 @@ def _conditions(document: Stored) -> str:
         document.name,
         facts.get("model"),
         facts.get("gpu") or facts.get("cpu"),
-        f"{facts['threads']} threads" if facts.get("threads") else None,
+        _plural(facts["threads"], "thread") if facts.get("threads") else None,
         f"torch {torch}" if torch else None,
         facts.get("started"),
         *(f"{n} {s}" for s in ("failed", "unsupported") if (n := _count(document, s))),
@@ -300,9 +308,7 @@ def _said(rows: Sequence[Row]) -> str:
         (
             '<span class="bad">Worse than the mean of the values</span>, which knows nothing of '
             "queries and keys: {}.",
-            [r for r in own if (value(r, "error", "vs_mean_of_values") or 0) > 1]
-            if "error" in rows[0]
-            else [],
+            [r for r in own if tables.worse_than_the_mean(r, rows)],
         ),
         (
             "Another function than softmax, which pretrained weights need training for "

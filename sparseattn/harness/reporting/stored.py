@@ -59,6 +59,9 @@ _EVALUATED = _COMMON | {
     "kl": float,
     "top1_agreement": float,
     "s_per_token": float,
+    "speedup": float,
+    "fallbacks": float,
+    "impl": str,
 }
 _GROWN = {
     "mechanism": str,
@@ -73,7 +76,7 @@ _NEEDED = {
     EVALUATION: ("mechanism",),
 }
 # Fields of a manifest that say what was asked for, not under which conditions it was measured.
-_ASKED = {"command", "started", "mechanisms", "settings", "inputs", "seed", "schema"}
+_ASKED = {"command", "started", "kind", "mechanisms", "settings", "inputs", "seed", "schema"}
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> list[Stored]:
     if not paths:
         raise InvalidInputError("report got no FILE; expected what a command wrote with --json")
     seen: dict[Path, str] = {}
-    for path in map(os.fspath, paths):
+    for given in paths:
+        path = os.fspath(given)
         if Path(path).resolve() in seen:
             raise InvalidInputError(f"FILE got {path!r:.200} twice; give each file once")
         seen[Path(path).resolve()] = path
@@ -130,10 +134,14 @@ def read(paths: Sequence[str | os.PathLike[str]]) -> list[Stored]:
 
 
 def differences(documents: Sequence[Stored]) -> list[str]:
-    """The conditions that are not the same in all the manifests, by name."""
-    names = {name: None for one in documents for name in one.manifest if name not in _ASKED}
-    told = [{name: json.dumps(one.manifest.get(name)) for name in names} for one in documents]
-    return [name for name in names if len({facts[name] for facts in told}) > 1]
+    """The conditions, by name, that all the manifests state and that are not the same in all."""
+    first, *others = [one.manifest for one in documents]
+    names = [name for name in first if all(name in facts for facts in others)]
+    return [
+        name
+        for name in names
+        if name not in _ASKED and any(facts[name] != first[name] for facts in others)
+    ]
 
 
 def _grouped(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[list[dict[str, Any]]]:
@@ -173,11 +181,27 @@ def _read(path: str) -> Stored:
     if grown is not None and kind == COMPARISON:
         kind = GROWTH
     growth = _checked(grown or [], [_GROWN], f"growth of {path!r:.200}")
-    if unfinished and kind != EVALUATION:
+    if kind == EVALUATION:
+        _mark_pareto(kept)
+    elif unfinished:
         from ..metrics import mark_pareto  # a journal's rows do not know one another yet
 
         mark_pareto(kept)
     return Stored(path, kind, plain(manifest), kept, growth, unfinished)
+
+
+def _mark_pareto(rows: Sequence[dict[str, Any]]) -> None:
+    """Set `pareto` in the rows of an evaluation: no other has less perplexity in as little time."""
+    spots = [
+        (row["perplexity"], row["s_per_token"])
+        for row in rows
+        if row["status"] == "ok" and None not in (row["perplexity"], row["s_per_token"])
+    ]
+    for row in rows:
+        x, y = row["perplexity"], row["s_per_token"]
+        row["pareto"] = (x, y) in spots and not any(
+            a <= x and b <= y and (a < x or b < y) for a, b in spots
+        )
 
 
 def _parse(path: str, text: str) -> tuple[dict[str, Any], bool]:

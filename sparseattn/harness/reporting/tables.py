@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..units import number, printable, seconds, size
-from .charts import ROUNDING, head_name
+from ..units import number, printable, size
+from .charts import ROUNDING, figures, time_words
+from .heads import head_name
 from .stored import EVALUATION, Row, Stored, value
 
 
@@ -52,7 +53,7 @@ def _times(factor: float | None) -> str:
 
 def error_words(error: float | None) -> str:
     """An error; what float64 leaves of zero is called so."""
-    return "0" if error is not None and error <= ROUNDING else number(error)
+    return "0" if error is not None and error <= ROUNDING else figures(error)
 
 
 def worst_head(row: Row) -> str | None:
@@ -61,7 +62,15 @@ def worst_head(row: Row) -> str | None:
     if len(known) < 2:
         return None
     worst = max(known, key=lambda head: head["rel_l2"])
-    return f"{head_name(worst)}: {number(worst['rel_l2'])}"
+    return f"{head_name(worst)}: {figures(worst['rel_l2'])}"
+
+
+def worse_than_the_mean(row: Row, rows: Sequence[Row]) -> bool:
+    """Whether a row is worse than the mean of the values: its error, or its model's perplexity."""
+    if "perplexity" not in row:
+        return (value(row, "error", "vs_mean_of_values") or 0) > 1
+    mean = [r["perplexity"] for r in rows if r["control"] and r["mechanism"] == "mean_of_values"]
+    return bool(mean and mean[0]) and (row["perplexity"] or 0) > mean[0]
 
 
 def remarks(row: Row) -> str:
@@ -82,40 +91,42 @@ def remarks(row: Row) -> str:
 _MECHANISM = Column("mechanism", _at("mechanism"), str)
 _NATURE = Column("nature", _at("nature"), str, "what kind of function it is")
 _REMARKS = Column("remarks", remarks, str)
+_IMPL = Column("implementation", _at("impl"), str)
 _COMPARED = [
     _MECHANISM,
-    _NATURE,
     Column("error", _at("error", "rel_l2"), error_words, "relative, against exact attention"),
-    Column("row p95", _at("error", "row_p95"), error_words, "95 of 100 rows have less error"),
-    Column(
-        "÷ mean",
-        _at("error", "vs_mean_of_values"),
-        hint="error over that of the mean of the values",
-    ),
-    Column("mass", _at("retained_mass", "p50"), hint="share of the softmax mass kept, median row"),
-    Column("oracle", _at("oracle_rel_l2"), error_words, "error of the best keys at this budget"),
-    Column("density", _at("density"), _percent, "pairs used over pairs allowed"),
-    Column("time", _at("time", "median_s"), seconds, "median of the timed runs"),
-    Column("spread", _at("time", "iqr_s"), seconds, "interquartile range"),
+    Column("time", _at("time", "median_s"), time_words, "median of the timed runs"),
     Column("speed", _at("speedup"), _times, "time of full over this one's, same rounds"),
     Column("memory", _at("peak_bytes"), size, "extra, at the peak of one call"),
-    Column("choosing", _at("select_s"), seconds, "selection of keys, part of the time"),
-    Column("compiling", _at("compile_s"), seconds, "not part of the time"),
-    Column("time, both", _at("backward", "time", "median_s"), seconds, "forward and backward"),
+    Column("÷ mean", _at("error", "vs_mean_of_values"), figures, "error over that of the mean"),
+    Column("row p95", _at("error", "row_p95"), error_words, "95 of 100 rows have less error"),
+    Column("mass", _at("retained_mass", "p50"), figures, "softmax mass kept, median row"),
+    Column("oracle", _at("oracle_rel_l2"), error_words, "error of the best keys at this budget"),
+    Column("density", _at("density"), _percent, "pairs used over pairs allowed"),
+    Column("spread", _at("time", "iqr_s"), time_words, "interquartile range of the time"),
+    Column("choosing", _at("select_s"), time_words, "selection of keys, part of the time"),
+    Column("compiling", _at("compile_s"), time_words, "not part of the time"),
+    Column("time, both", _at("backward", "time", "median_s"), time_words, "forward and backward"),
     Column("speed, both", _at("backward", "speedup"), _times, "forward and backward"),
     Column("memory, both", _at("backward", "peak_bytes"), size, "forward and backward"),
     Column("worst head", worst_head, str, "and its error"),
-    Column("implementation", _at("impl"), str),
+    _REMARKS,
+    _NATURE,
+    _IMPL,
 ]
 _EVALUATED = [
     _MECHANISM,
-    _NATURE,
-    Column("perplexity", _at("perplexity"), lambda x: number(x, ".4g"), "lower is better"),
-    Column("KL", _at("kl"), hint="divergence of the next token's distribution, nats a token"),
+    Column("perplexity", _at("perplexity"), lambda x: figures(x, 4), "lower is better"),
+    Column("KL", _at("kl"), figures, "divergence of the next token's distribution, nats"),
     Column("same top token", _at("top1_agreement"), _percent),
     Column("tokens", _at("tokens"), lambda x: number(x, ",.0f"), "scored"),
-    Column("time a token", _at("s_per_token"), seconds),
-    Column("memory", _at("peak_bytes"), size),
+    Column("time a token", _at("s_per_token"), time_words),
+    Column("speed", _at("speedup"), _times, "time of the original over this one's, same rounds"),
+    Column("memory", _at("peak_bytes"), size, "extra, at the peak of one forward"),
+    Column("fallbacks", _at("fallbacks"), figures, "calls that the original attention served"),
+    _REMARKS,
+    _NATURE,
+    _IMPL,
 ]
 
 
@@ -123,15 +134,17 @@ def columns(kind: str, rows: Sequence[Row]) -> list[Column]:
     """The columns that any of the rows has something in."""
     known = list(_EVALUATED if kind == EVALUATION else _COMPARED)
     names = dict.fromkeys(name for row in rows for name in row.get("metrics") or {})
-    known += [Column(name, _at("metrics", name), hint="a metric of a plugin") for name in names]
-    known.append(_REMARKS)
+    metrics = [
+        Column(name, _at("metrics", name), figures, "a metric of a plugin") for name in names
+    ]
+    at = known.index(_REMARKS)
+    known[at:at] = metrics
     return [one for one in known if any(one.of(row) not in (None, "") for row in rows)]
 
 
 def facts(kind: str) -> Mapping[str, Callable[[Row], str]]:
     """What hovering over a row's mark shows."""
-    known = [one for one in (_EVALUATED if kind == EVALUATION else _COMPARED)]
-    return {one.title: _words(one) for one in [*known, _REMARKS]}
+    return {c.title: _words(c) for c in (_EVALUATED if kind == EVALUATION else _COMPARED)}
 
 
 def _words(column: Column) -> Callable[[Row], str]:
@@ -191,6 +204,7 @@ def _cell(column: Column, row: Row) -> str:
     if column is _MECHANISM:
         return f'<th scope="row">{escape(words)}</th>'
     if not column.numeric:
-        return f"<td>{escape(words)}</td>"
+        kind = "remarks" if column is _REMARKS else "text"
+        return f"<td class={kind}>{escape(words)}</td>"
     key = "" if found is None else f' data-v="{float(found)!r}"'
     return f"<td class=num{key}>{escape(words)}</td>"
