@@ -37,17 +37,32 @@ class Place:
     name: str
     calls: int = 0
     fallbacks: int = 0
+    served: bool = False  # by a mechanism that the swap chose
     impl: str | None = None
     mechanism: str = ""
     reason: str = ""
     crossing: threading.local = field(default_factory=threading.local)
 
-    def count(self, mechanism: str, impl: str, reason: str = "", fallback: bool = False) -> None:
+    def count(self, mechanism: str, impl: str) -> None:
+        """A call that a mechanism served."""
         with _lock:
             self.calls += 1
-            self.fallbacks += fallback
+            self.served = True
             self.mechanism, self.impl = mechanism, impl
-            self.reason = reason or self.reason
+
+    def count_exact(self, impl: str) -> None:
+        """A call of cross-attention that the model's original attention served."""
+        with _lock:
+            self.calls += 1
+            self.mechanism, self.impl = "full", impl
+            self.reason = "cross-attention stays exact"
+
+    def count_fallback(self, mechanism: str, impl: str, reasons: list[str]) -> None:
+        """A call that the original attention served, for the mechanism refused it."""
+        with _lock:
+            self.calls += 1
+            self.fallbacks += 1
+            self.mechanism, self.impl, self.reason = mechanism, impl, "; ".join(reasons)
 
 
 def put(module: nn.Module, place: Place) -> None:
@@ -55,7 +70,7 @@ def put(module: nn.Module, place: Place) -> None:
         _places.setdefault(module, []).append(place)
 
 
-def take_away(module: nn.Module, place: Place) -> None:
+def take_away(place: Place, module: nn.Module) -> None:
     with _lock:
         held = _places.get(module, [])
         if place in held:
@@ -108,13 +123,16 @@ def _positions(kind: type) -> tuple[int, ...]:
     return _known_positions[kind]
 
 
-def watch_crossing(module: nn.Module, place: Place) -> Callable[[], None]:
-    """Note at each forward of a module whether it attends to another sequence."""
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _note_crossing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # A function of this module, so that a swapped model can be pickled; in a copy it finds nothing.
+    place = ruling(module)
+    if place is not None:
         place.crossing.now = crosses(module, args, kwargs)
 
-    return module.register_forward_pre_hook(note, with_kwargs=True).remove
+
+def watch_crossing(module: nn.Module) -> Callable[[], None]:
+    """Note at each forward of a module whether it attends to another sequence."""
+    return module.register_forward_pre_hook(_note_crossing, with_kwargs=True).remove
 
 
 def code_names(kind: type) -> frozenset[str]:

@@ -55,28 +55,31 @@ def _replacement(*args: Any, **kwargs: Any) -> Any:
     return _serve(args, kwargs)
 
 
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if places.ruling(module) is None:
+        return  # a copy of a swapped module has its hooks, but is in no swap
+    if not _frames.modules:
+        # It belongs to a thread, and to a forward: also to one that checkpointing repeats.
+        mode = _Catch()
+        mode.__enter__()
+        _frames.modes.append(mode)
+    _frames.modules.append((module, places.crosses(module, args, kwargs)))
+
+
+def _leave(module: nn.Module, *_: Any) -> None:
+    for at in range(len(_frames.modules) - 1, -1, -1):
+        if _frames.modules[at][0] is module:
+            del _frames.modules[at:]
+            break
+    if not _frames.modules and _frames.modes:
+        _frames.modes.pop().__exit__(None, None, None)
+
+
 def watch(module: nn.Module) -> list[Callable[[], None]]:
     """Know when a module's forward runs; returns what undoes it."""
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not _frames.modules:
-            # It belongs to a thread, and to a forward: also to one that checkpointing repeats.
-            mode = _Catch()
-            mode.__enter__()
-            _frames.modes.append(mode)
-        _frames.modules.append((module, places.crosses(module, args, kwargs)))
-
-    def leave(module: nn.Module, *_: Any) -> None:
-        for at in range(len(_frames.modules) - 1, -1, -1):
-            if _frames.modules[at][0] is module:
-                del _frames.modules[at:]
-                break
-        if not _frames.modules and _frames.modes:
-            _frames.modes.pop().__exit__(None, None, None)
-
     return [
-        module.register_forward_pre_hook(enter, with_kwargs=True).remove,
-        module.register_forward_hook(leave, always_call=True).remove,
+        module.register_forward_pre_hook(_enter, with_kwargs=True).remove,
+        module.register_forward_hook(_leave, always_call=True).remove,
     ]
 
 
@@ -111,7 +114,7 @@ def _serve(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return original()
     chosen = place.swap.cross if cross else place.swap.chosen(place.name)
     if chosen is None:
-        place.count("full", "torch", "cross-attention stays exact")
+        place.count_exact("torch")
         return original()
     given = dict(zip(_ORDER, args, strict=False)) | kwargs
     exact = chosen.nature == "exact" and place.swap.impl in ("auto", "torch")
@@ -127,7 +130,7 @@ def _serve(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
                 'or on_unsupported="full"',
                 error.reasons,
             ) from error
-        place.count(repr(chosen), "torch", "; ".join(error.reasons), fallback=True)
+        place.count_fallback(repr(chosen), "torch", error.reasons)
         return original()
     place.count(repr(chosen), impl)
     return out

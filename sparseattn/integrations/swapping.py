@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,24 +78,35 @@ class Swap:
             views: dict[int, Any] = {}
             for module in modules.values():
                 transformers_route.hold(module, views)
-                self._undo.append(functools.partial(transformers_route.release, module))
+                self._undo_in(module, transformers_route.release)
             for name, module in asking.items():
-                place = self._put(name, module)
-                self._undo.append(places.watch_crossing(module, place))
+                self._put(name, module)
+                self._undo.append(places.watch_crossing(module))
         if calling or not asking:
             sdpa_route.begin()
-            self._undo.append(sdpa_route.end)
+            # A model may be dropped with its swap still at work; torch gets its function back then.
+            self._undo.append(weakref.finalize(self, sdpa_route.end))
             for name, module in modules.items():
                 if name not in asking:
                     self._put(name, module)
                     self._undo += sdpa_route.watch(module)
         self._expected = {*asking, *calling}
 
-    def _put(self, name: str, module: nn.Module) -> Place:
+    def _put(self, name: str, module: nn.Module) -> None:
         place = self._places[name] = Place(self, name)
         places.put(module, place)
-        self._undo.append(lambda: places.take_away(module, place))
-        return place
+        self._undo_in(module, functools.partial(places.take_away, place))
+
+    def _undo_in(self, module: nn.Module, undo: Callable[[nn.Module], None]) -> None:
+        # A swap keeps no model alive, for a table that all models share keeps the swap.
+        found = weakref.ref(module)
+
+        def undo_if_alive() -> None:
+            alive = found()
+            if alive is not None:
+                undo(alive)
+
+        self._undo.append(undo_if_alive)
 
     @property
     def report(self) -> list[ModuleRecord]:
@@ -130,22 +142,19 @@ class Swap:
             self._check_called()
 
     def _check_called(self) -> None:
-        served = [
-            place
-            for place in self._places.values()
-            if place.calls > place.fallbacks and place.reason != "cross-attention stays exact"
-        ]
-        if served:
+        held = list(self._places.values())
+        if any(place.served for place in held):
             return
-        reasons = sorted({p.reason for p in self._places.values() if p.reason})
-        raise SwapError(
-            f"{self.mechanism!r} was never called in {self._kind}"
-            + (f": {'; '.join(reasons)}" if reasons else "")
-            + ". No forward of this model ran in the swap, or it has attention of its own making "
+        reasons = list(dict.fromkeys(place.reason for place in held if place.reason))
+        calls = sum(place.calls for place in held)
+        why = (
+            f"the original attention served all {calls} calls: {'; '.join(reasons)}"
+            if calls
+            else "no forward of this model ran in the swap, or it has attention of its own making "
             "that cannot be reached: torch.nn.MultiheadAttention with need_weights=True, direct "
-            "torch.ops.aten calls, or plain matrix products",
-            reasons,
+            "torch.ops.aten calls, or plain matrix products"
         )
+        raise SwapError(f"{self.mechanism!r} was never called in {self._kind}: {why}", reasons)
 
     def __repr__(self) -> str:
         state = "restored" if self._restored else "active"
@@ -180,8 +189,9 @@ def _check_reachable(
     model: nn.Module, asking: dict[str, nn.Module], calling: dict[str, nn.Module]
 ) -> None:
     """Raise where a model's classes show that no swap can reach its attention."""
-    if asking or calling or not hasattr(model, "config"):
-        return
+    plain = all(type(module).__module__.startswith("torch.nn.") for module in model.modules())
+    if asking or calling or not (plain or hasattr(model, "config")):
+        return  # what code outside of the modules calls shows at run time
     own = sorted(
         {
             type(module).__name__
@@ -254,8 +264,8 @@ def swap(
             )
         if one.nature == "different_function":
             warnings.warn(
-                f"{one!r} is another function than softmax attention: weights that were trained "
-                "with softmax need training for it",
+                f"{one!r} is another function than softmax attention (different_function): weights "
+                "that were trained with softmax need training for it",
                 stacklevel=2,
             )
     return Swap(model, main, given, impl, on_unsupported, other)

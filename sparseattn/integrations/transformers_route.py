@@ -89,7 +89,7 @@ def _view(config: Any) -> Any:
                 "_attn_implementation": property(name, set_name),
                 "__copy__": lambda self: copy.copy(original(self)),
                 "__deepcopy__": lambda self, memo: copy.deepcopy(original(self), memo),
-                "__reduce_ex__": lambda self, protocol: original(self).__reduce_ex__(protocol),
+                "__reduce_ex__": lambda self, protocol: (copy.copy, (original(self),)),
             },
         )
     found: Any = object.__new__(_views[kind])
@@ -187,7 +187,8 @@ class Request:
                 f"attention dropout of {self.words['dropout']} while training is no part of a "
                 "mechanism; call model.eval(), or set the config's attention dropout to 0"
             )
-        if self.words.get("output_attentions"):
+        maps = self.words.get("output_attentions")
+        if getattr(self.config, "output_attentions", False) if maps is None else maps:
             reasons.append(
                 "output_attentions=True asks for a dense map; use sparseattn.attention_weights"
             )
@@ -231,7 +232,7 @@ def attend(
     if getattr(place.crossing, "now", False):
         chosen = place.swap.cross
         if chosen is None:
-            place.count("full", request.original_name, "cross-attention stays exact")
+            place.count_exact(request.original_name)
             return request.original()
     else:
         chosen = place.swap.chosen(place.name)
@@ -249,7 +250,7 @@ def attend(
                 'layers={...}, or on_unsupported="full"',
                 error.reasons,
             ) from error
-        place.count(repr(chosen), request.original_name, "; ".join(error.reasons), fallback=True)
+        place.count_fallback(repr(chosen), request.original_name, error.reasons)
         return request.original()
     place.count(repr(chosen), impl)
     return out.transpose(1, 2).contiguous(), None
