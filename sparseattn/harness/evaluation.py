@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import registry
 from ..base import Mechanism
 from ..errors import InvalidInputError, SwapError, UnsupportedCallError
 from ..integrations.swapping import Swap, swap
@@ -30,7 +29,7 @@ from . import manifest as conditions
 from .measure import isolated, peak_bytes, wait
 from .metrics import MeanOfValues, finite_or_none
 from .models import LoadedModel, load, read_text, tokenize, tokens_sha256
-from .run import CONTROLS, checked_dtype, exact_control, mechanisms, registered
+from .run import CONTROLS, check_impl, checked_dtype, exact_control, mechanisms, registered
 from .store import SCHEMA, Journal, plain
 
 ROW_FIELDS = (
@@ -122,6 +121,7 @@ def evaluate(
 
     Raises:
         InvalidInputError, UnknownMechanismError, UnknownOptionError: before any work is done.
+        SwapError: no swap can reach this model's attention.
     """
     dtype, device = checked_dtype(dtype), torch.device(device)
     start, end = score = _score(context, score)
@@ -129,13 +129,18 @@ def evaluate(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidInputError(f"{name} must be an int of at least 1, got {value!r:.80}")
     entries = _entries(specs)
-    for spec in (layers or {}).values():
-        registry.mechanism(spec)
+    others = mechanisms(list((layers or {}).values()))
+    check_impl(impl, [*(e.mechanism for e in entries if e.mechanism is not None), *others])
     words = read_text(text)
     loaded = load(model, dtype, device)
     _check_model(loaded, context)
+    # It would refuse each row for what is wrong with all: a glob, or a model out of reach.
+    swap(loaded.model, exact_control(), layers=layers, on_unsupported=on_unsupported).restore()
     tokens = tokenize(loaded, words)
-    ids = torch.tensor([tokens.window(at, context) for at in range(windows)], device=device)
+    last = tokens.window(windows - 1, context)  # first: it says how much text is missing
+    ids = torch.tensor(
+        [*(tokens.window(at, context) for at in range(windows - 1)), last], device=device
+    )
     facts = plain(
         {
             "schema": SCHEMA,
@@ -321,7 +326,7 @@ def _row(entry: _Entry, reading: _Reading, put: _Put) -> dict[str, Any]:
     failures: list[str] = []
     with isolated(failures), warnings.catch_warnings():
         # A swap warns of another function; the row's notes say so.
-        warnings.filterwarnings("ignore", message=".*another function.*")
+        warnings.filterwarnings("ignore", message=".*different_function.*")
         try:
             _measure(row, entry, reading, put)
             row["status"] = "ok"

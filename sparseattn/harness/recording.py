@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import InvalidInputError, UnsupportedCallError
-from ..integrations import places
+from ..integrations import dense_mask, places
 from .inputs import DEFAULT_LENGTH
 from .manifest import sha256
 from .models import LoadedModel, load, read_text, tokenize, tokens_sha256
@@ -84,7 +84,7 @@ def _observe_transformers(model: Any, see: Callable[[Seen], None]) -> Iterator[N
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             original: Any = eager if name == "eager" else registered[name]
             if module in own:
-                see(_seen(module, query, key, value, words))
+                see(_seen(module, query, key, value, mask, words))
             return original(module, query, key, value, mask, **words)
 
         return attend
@@ -100,20 +100,38 @@ def _observe_transformers(model: Any, see: Callable[[Seen], None]) -> Iterator[N
         ALL_ATTENTION_FUNCTIONS._local_mapping = held
 
 
-def _seen(module: Any, q: Tensor, k: Tensor, v: Tensor, words: Mapping[str, Any]) -> Seen:
+def _seen(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, words: Mapping[str, Any]
+) -> Seen:
     scale, causal = words.get("scaling"), words.get("is_causal")
-    return Seen(
-        q.detach(),
-        k.detach(),
-        v.detach(),
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
+    more = {
+        name: "tensor" if isinstance(words[name], Tensor) else str(words[name])
+        for name in _MORE_THAN_SOFTMAX
+        if words.get(name) is not None
+    }
+    return _given(
+        (q, k, v),
+        scale,
         bool(getattr(module, "is_causal", True) if causal is None else causal),
-        {
-            name: "tensor" if isinstance(words[name], Tensor) else str(words[name])
-            for name in _MORE_THAN_SOFTMAX
-            if words.get(name) is not None
-        },
+        # A window of the model's own is named, and its mask says no more.
+        None if "sliding_window" in more else mask,
+        more,
     )
+
+
+def _given(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    scale: float | None,
+    causal: bool,
+    mask: Any,
+    more: dict[str, str],
+) -> Seen:
+    q, k, v = (x.detach() for x in inputs)
+    if isinstance(mask, Tensor):
+        said = dense_mask.read(mask, q.shape[0], q.shape[2], k.shape[2], q.dtype)
+        causal = bool(said.pop("causal", False))
+        more |= {"attn_mask": "tensor"} if said else {}
+    return Seen(q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale), causal, more)
 
 
 class _ObserveTorch(TorchFunctionMode):
@@ -128,17 +146,13 @@ class _ObserveTorch(TorchFunctionMode):
         if func is torch.nn.functional.scaled_dot_product_attention:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
             given = dict(zip(names, args, strict=False)) | kwargs
-            q, k, v = given["query"], given["key"], given["value"]
-            scale = given.get("scale")
-            mask = given.get("attn_mask")
             self.see(
-                Seen(
-                    q.detach(),
-                    k.detach(),
-                    v.detach(),
-                    q.shape[-1] ** -0.5 if scale is None else float(scale),
+                _given(
+                    (given["query"], given["key"], given["value"]),
+                    given.get("scale"),
                     bool(given.get("is_causal")),
-                    {} if mask is None else {"attn_mask": "tensor"},
+                    given.get("attn_mask"),
+                    {},
                 )
             )
         return func(*args, **kwargs)

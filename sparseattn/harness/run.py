@@ -94,7 +94,7 @@ def compare(
     sources = [source(name) for name in inputs]
     settings = list(_settings(sources, lengths, seeds))
     wanted = mechanisms(registered(DEFAULT_SPECS) if specs is None else specs)
-    _check_impl(impl, wanted, device)
+    check_impl(impl, wanted)
     entries = _with_controls(wanted, impl)
     facts = _manifest(
         entries, sources, settings, causal, dtype, device, seeds, impl, backward, runs, command
@@ -298,7 +298,7 @@ def mechanisms(specs: Sequence[str | Mechanism]) -> list[Mechanism]:
     return list(found.values())
 
 
-def _check_impl(impl: str, mechanisms: Sequence[Mechanism], device: torch.device) -> None:
+def check_impl(impl: str, mechanisms: Sequence[Mechanism]) -> None:
     """Refuse a name that no mechanism has an implementation for: that is a slip of the pen."""
     if impl == "auto":
         return
