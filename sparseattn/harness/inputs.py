@@ -292,7 +292,8 @@ def head_names(provenance: Mapping[str, Any], count: int) -> list[HeadName]:
         said = json.loads(provenance["heads"])
     except (KeyError, TypeError, ValueError):
         said = None
-    found = [re.fullmatch(r"(\d{1,9}) head (\d{1,9})", str(name)) for name in said or []]
+    names = said if isinstance(said, list) else []
+    found = [re.fullmatch(r"(\d{1,9}) head (\d{1,9})", str(name)) for name in names]
     if len(found) == count and all(found):
         return [(int(match[1]), int(match[2])) for match in found if match]
     return [(None, head) for head in range(count)]

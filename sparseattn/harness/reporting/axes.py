@@ -24,14 +24,16 @@ class LogAxis:
         cls, values: Sequence[float], pixels: float, up: bool = False, margin: float = 0.06
     ) -> LogAxis:
         """The axis that holds all the values, which are positive, and a margin at each end."""
-        low, high = math.log10(min(values)), math.log10(max(values))
+        # The least of floats are below what their own margin can be taken of.
+        low, high = (math.log10(max(f(values), 1e-200)) for f in (min, max))
         # A single value gets half a decade to each side.
         extra = max((high - low) * margin, (1.0 - (high - low)) / 2 if high - low < 0.3 else 0.0)
         return cls(10 ** (low - extra), 10 ** (high + extra), pixels, up)
 
     def at(self, value: float) -> float:
         """The pixel of a value."""
-        share = math.log(value / self.low) / math.log(self.high / self.low)
+        low, high = math.log(self.low), math.log(self.high)
+        share = (math.log(value) - low) / (high - low)
         return self.pixels * (1 - share if self.up else share)
 
     def back(self, pixel: float) -> float:

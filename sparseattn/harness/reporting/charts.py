@@ -70,11 +70,14 @@ def short_names(rows: Sequence[Row], limit: int = 34) -> dict[str, str]:
     middle where it is too long (what tells two specs apart stands at the end)."""
     specs = list(dict.fromkeys(row["mechanism"] for row in rows))
     heads = [spec.partition("(")[0] for spec in specs]
-    found = {}
+    found: dict[str, str] = {}
     for spec, head in zip(specs, heads, strict=True):
         name = printable(head if heads.count(head) == 1 else spec)
         half = limit // 2
-        found[spec] = name if len(name) <= limit else f"{name[: limit - half - 1]}…{name[-half:]}"
+        name = name if len(name) <= limit else f"{name[: limit - half - 1]}…{name[-half:]}"
+        if name in found.values():
+            name = f"{name} #{len(found) + 1}"
+        found[spec] = name
     return found
 
 
@@ -93,7 +96,7 @@ def log_scale(alt: Any, axis: LogAxis) -> Any:
 
 def spec(chart: Any) -> dict[str, Any]:
     """Vega-Lite without altair's own theme: the page's style sheet has the colours."""
-    made = chart.to_dict()
+    made = chart.to_dict(validate=False)  # slow; tests validate every chart
     made.pop("$schema", None)
     made.pop("config", None)
     return made

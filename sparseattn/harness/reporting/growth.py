@@ -11,6 +11,9 @@ from .charts import BYTES, SECONDS, Chart, altair, log_scale, short_names, spec,
 from .labels import spread
 from .stored import Row, value
 
+_COLOURS = 7  # of the style sheet; further lines take them again, dashed
+_DASHES = [[1, 0], [6, 3], [2, 2]]
+
 
 def growth(rows: Sequence[Row]) -> Chart | None:
     """Time and memory against length, a line a mechanism; None where nothing was measured twice."""
@@ -38,7 +41,7 @@ def growth(rows: Sequence[Row]) -> Chart | None:
         plots.append([_growth(rows, specs, width, *quantity) for quantity in drawn])
     wide = alt.concat(*plots[0], columns=2, spacing=36).resolve_scale(color="shared")
     narrow = alt.concat(*plots[1], columns=1).resolve_scale(color="shared")
-    return Chart("Growth with length", caption, spec(wide), spec(narrow))
+    return Chart("Time and memory against length", caption, spec(wide), spec(narrow))
 
 
 def _growth(
@@ -56,21 +59,21 @@ def _growth(
         {
             "x": row["length"],
             "y": value(row, *path),
+            "series": specs.index(row["mechanism"]),
             "spec": printable(row["mechanism"]),
             "words": (time_words if timed else size)(value(row, *path)),
-            "dash": specs.index(row["mechanism"]) // 7,
+            "dash": specs.index(row["mechanism"]) // _COLOURS % len(_DASHES),
         }
         for row in rows
         if row["length"] > 0 and (value(row, *path) or 0) > 0
     ]
     across = LogAxis.over([p["x"] for p in points], width, margin=0.03)
     up = LogAxis.over([p["y"] for p in points], height, up=True, margin=0.05)
-    ends = {p["spec"]: p for p in sorted(points, key=lambda p: p["x"])}
+    ends = {p["series"]: p for p in sorted(points, key=lambda p: p["x"])}
     tops = spread([up.at(p["y"]) for p in ends.values()], height)
-    shown = {printable(spec): names[spec] for spec in specs}
     texts = [
-        {"spec": spec, "name": shown[spec], "x": across.high, "y": up.back(top)}
-        for spec, top in zip(ends, tops, strict=True)
+        {"series": at, "name": names[specs[at]], "x": across.high, "y": up.back(top)}
+        for at, top in zip(ends, tops, strict=True)
     ]
     lengths = sorted({p["x"] for p in points})
     x = alt.X(
@@ -85,12 +88,11 @@ def _growth(
         else alt.Axis(values=up.byte_ticks(), labelExpr=BYTES)
     )
     y = alt.Y("y:Q", title=None, scale=log_scale(alt, up), axis=axis)
-    domain = [printable(spec) for spec in specs]
-    color = alt.Color("spec:N", legend=None, scale=alt.Scale(domain=domain))
+    color = alt.Color("series:N", legend=None, scale=alt.Scale(domain=list(range(len(specs)))))
     dash = alt.StrokeDash(
         "dash:O",
         legend=None,
-        scale=alt.Scale(domain=[0, 1, 2], range=[[1, 0], [6, 3], [2, 2]]),
+        scale=alt.Scale(domain=list(range(len(_DASHES))), range=_DASHES),
     )
     base = alt.Chart(alt.Data(values=points)).encode(x=x, y=y, color=color)
     tips = [
@@ -100,7 +102,7 @@ def _growth(
     ]
     ends_of_lines = alt.Chart(alt.Data(values=texts)).encode(x=x, y=y, color=color, text="name:N")
     return alt.layer(
-        base.mark_line(strokeWidth=1.8).encode(strokeDash=dash, detail="spec:N"),
+        base.mark_line(strokeWidth=1.8).encode(strokeDash=dash, detail="series:N"),
         base.mark_point(filled=True, size=46, opacity=1).encode(tooltip=tips),
         ends_of_lines.mark_text(align="left", dx=7, style="end"),
     ).properties(width=width, height=height, title=title[0].upper() + title[1:])

@@ -11,7 +11,7 @@ from .stored import Row
 
 
 def by_head(rows: Sequence[Row]) -> Chart | None:
-    """Error of each head: a line of cells a mechanism or, where there are many heads, a map of
+    """Error of each head: a line of cells a mechanism or, where layers have many heads, a map of
     layers by heads each; None below two heads."""
     names, briefs = short_names(rows, 30), short_names(rows, 17)
     cells: list[dict[str, Any]] = []
@@ -39,7 +39,8 @@ def by_head(rows: Sequence[Row]) -> Chart | None:
         "Relative error of each head alone: the brighter, the greater, on a logarithmic scale. "
         "Mechanisms that are exact here are left out."
     )
-    draw = _head_rows if len(places) <= 16 else _head_maps
+    layered = all(cell["layer"] is not None for cell in cells)
+    draw = _head_maps if layered and len(places) > 16 else _head_rows
     wide, narrow = (draw(cells, len(places), width) for width in (720, 250))
     return Chart("Error by layer and head", caption, wide, narrow)
 
@@ -80,7 +81,7 @@ def _head_rows(cells: Sequence[Mapping[str, Any]], places: int, width: int) -> d
         domain=False,
         ticks=False,
         labelAngle=angle,
-        labelPadding=18 if angle == 0 else 4,
+        labelPadding=18 if angle == 0 and "," in cells[0]["at"] else 4,
         labelExpr="split(datum.label, ', ')" if angle == 0 else "datum.label",
     )
     down = alt.Axis(domain=False, ticks=False, labelLimit=240)
@@ -100,7 +101,7 @@ def _head_maps(cells: Sequence[Mapping[str, Any]], places: int, width: int) -> d
     """A map of layers by heads for each mechanism: a model has hundreds of heads."""
     alt = altair()
     across = len({cell["head"] for cell in cells})
-    step = max(5, min(16, (190 if is_wide(width) else width - 30) // across))
+    step = max(5, min(16, (150 if is_wide(width) else width - 30) // across))
     plain = alt.Axis(labelOverlap="greedy", labelAngle=0, ticks=False, domain=False)
     names = alt.EncodingSortField("order", op="min")
     chart = (
@@ -114,7 +115,7 @@ def _head_maps(cells: Sequence[Mapping[str, Any]], places: int, width: int) -> d
         )
         .properties(width=alt.Step(step), height=alt.Step(9))
         .facet(
-            facet=alt.Facet("name:N", title=None, sort=names), columns=3 if is_wide(width) else 1
+            facet=alt.Facet("name:N", title=None, sort=names), columns=4 if is_wide(width) else 1
         )
     )
     return spec(chart)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,9 @@ def _count(document: Stored, status: str) -> int:
     return sum(row["status"] == status for row in document.rows)
 
 
-def _scripts() -> tuple[str, str]:
-    """Vega, Vega-Lite and vega-embed as one script, and the page's own."""
+@lru_cache(maxsize=1)
+def _bundle() -> str:
+    """Vega, Vega-Lite and vega-embed as one script."""
     try:
         import vl_convert
     except ImportError:
@@ -120,7 +122,7 @@ def _scripts() -> tuple[str, str]:
         "window.vegaEmbed = vegaEmbed;", version.lstrip("v").rpartition(".")[0]
     )
     # No string in it may end the element it stands in.
-    return bundle.replace("</script", "<\\/script"), _own("page.js")
+    return bundle.replace("</script", "<\\/script")
 
 
 def _own(name: str) -> str:
@@ -150,7 +152,7 @@ class _Page:
         kinds = list(dict.fromkeys(one.kind for one in self.documents))
         promise = "; ".join(_PROMISE[kind] for kind in kinds)
         body = "".join(self._file(at, one) for at, one in enumerate(self.documents, 1))
-        bundle, own = _scripts()
+        bundle, own = _bundle(), _own("page.js")
         policy = (
             f"default-src 'none'; script-src {_digest(bundle)} {_digest(own)}; "
             "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -228,7 +230,8 @@ in the tables.</p></noscript>
             for group in document.by_length():
                 chart = growth(group)
                 if chart is not None:
-                    parts.append(self._figure(document, chart, _setting(group[0], length=False)))
+                    name = _setting(group[0], length=False)
+                    parts.append(f"<h3>{escape(name)}</h3>\n{self._figure(document, chart, name)}")
             if document.growth:
                 parts.append(tables.growth_table(document, "Fitted powers of the length N"))
             parts += [self._setting(document, group) for group in document.settings()]
@@ -271,7 +274,7 @@ def _plural(count: Any, word: str) -> str:
 def _setting(row: Row, length: bool = True) -> str:
     """What all rows of a group have in common, in words."""
     seed = "" if row["seed"] is None else f", seed {row['seed']:g}"
-    size = f", {row['length']:,.0f} tokens" if length else ""
+    size = f", {row['length']:,.0f} tokens" if length else ", all lengths"
     return (
         f"{row['input']}{size}, {'causal' if row['causal'] else 'not causal'}, {row['dtype']}{seed}"
     )

@@ -129,8 +129,7 @@ def _scatter(
     taken: list[Box] = []
     if up.guide is not None:
         said = plane.guide[1] if wide else plane.guide[1].partition(" than ")[0]
-        words = [{"y": up.guide, "x": across.low, "words": said}]
-        base = alt.Chart(alt.Data(values=words))
+        base = alt.Chart(alt.Data(values=[{"y": up.guide, "x": across.low, "words": said}]))
         layers.append(base.mark_rule(style="guide").encode(y=y))
         text = base.encode(x=x, y=y, text="words:N")
         layers.append(text.mark_text(style="guide-words", align="left", dx=3, dy=-7))
@@ -168,10 +167,9 @@ def _scatter(
             tooltip=[alt.Tooltip(f"fact{at}:N", title=title) for at, title in enumerate(facts)],
         )
     )
-    for style in ("halo", "name"):
-        for anchor in ("left", "right", "center"):
-            part = alt.Chart(alt.Data(values=[t for t in texts if t["anchor"] == anchor]))
-            layers.append(part.mark_text(style=style, align=anchor).encode(x=x, y=y, text="name:N"))
+    words = alt.Chart(alt.Data(values=texts)).encode(x=x, y=y, text="name:N")
+    side = alt.ExprRef("datum.anchor")
+    layers += [words.mark_text(style=style, align=side) for style in ("halo", "name")]
     return spec(alt.layer(*layers).properties(width=width, height=height))
 
 

@@ -271,8 +271,10 @@ def _checked(given: Any, shape: Any, where: str) -> Any:
             given,
             where,
         )
-        _expect(isinstance(given, float) or abs(given) < 2**63, "a smaller number", given, where)
-        return plain(given)
+        found = plain(given)  # NaN and infinities are null
+        # What no measurement gives would overflow the axes.
+        _expect(found is None or abs(found) < 1e100, "a number below 1e100", given, where)
+        return found
     words = {str: "a string", bool: "true or false"}
     _expect(isinstance(given, shape), words[shape], given, where)
     return given
