@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -26,7 +26,6 @@ _OTHER_STATES = ("key_value_states", "encoder_hidden_states", "memory", "context
 # Where transformers keeps what all its models share, and which attends to nothing itself.
 _LIBRARY = ("transformers.modeling_utils", "transformers.generation.utils")
 _lock = threading.RLock()
-_places: weakref.WeakKeyDictionary[nn.Module, list[Place]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -65,24 +64,41 @@ class Place:
             self.mechanism, self.impl, self.reason = mechanism, impl, "; ".join(reasons)
 
 
-def put(module: nn.Module, place: Place) -> None:
+# Sees a module's forwards from now on, and returns what ends that.
+Watch = Callable[[nn.Module], Callable[[nn.Module], None]]
+
+
+class _Held(NamedTuple):
+    """A module's places, the latest last, and what ends the watch on its forwards."""
+
+    places: list[Place]
+    unwatch: Callable[[nn.Module], None]
+
+
+_modules: weakref.WeakKeyDictionary[nn.Module, _Held] = weakref.WeakKeyDictionary()
+
+
+def put(module: nn.Module, place: Place, watch: Watch) -> None:
     with _lock:
-        _places.setdefault(module, []).append(place)
+        held = _modules.get(module)
+        if held is None:
+            held = _modules[module] = _Held([], watch(module))
+        held.places.append(place)
 
 
 def take_away(place: Place, module: nn.Module) -> None:
     with _lock:
-        held = _places.get(module, [])
-        if place in held:
-            held.remove(place)
-        if not held:
-            _places.pop(module, None)
+        held = _modules[module]
+        held.places.remove(place)
+        if not held.places:
+            del _modules[module]
+            held.unwatch(module)
 
 
 def ruling(module: nn.Module) -> Place | None:
     """The place that rules a module, or None outside of every swap."""
-    held = _places.get(module)
-    return held[-1] if held else None
+    held = _modules.get(module)
+    return held.places[-1] if held and held.places else None
 
 
 def ruling_or_raise(module: nn.Module) -> Place:
@@ -130,9 +146,10 @@ def _note_crossing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         place.crossing.now = crosses(module, args, kwargs)
 
 
-def watch_crossing(module: nn.Module) -> Callable[[], None]:
+def watch_crossing(module: nn.Module) -> Callable[[nn.Module], None]:
     """Note at each forward of a module whether it attends to another sequence."""
-    return module.register_forward_pre_hook(_note_crossing, with_kwargs=True).remove
+    hook = module.register_forward_pre_hook(_note_crossing, with_kwargs=True)
+    return lambda _: hook.remove()
 
 
 def code_names(kind: type) -> frozenset[str]:

@@ -1,13 +1,14 @@
 """Every other model that calls torch's `scaled_dot_product_attention`.
 
-The call is caught twice over: a `TorchFunctionMode` sees it wherever its name was bound, and a
-replacement in `torch.nn.functional` sees it inside of torch's own multi-head attention. Both look
-for a forward of a swapped model in their own thread first, and otherwise do what torch does.
+While a swapped module's forward runs, a `TorchFunctionMode` catches the call in that thread, wherever
+its name was bound. torch's own `multi_head_attention_forward` is one function to the mode, so it
+runs as a copy whose attention is ours. Nothing that other models use is replaced.
 """
 
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 from .. import functional
 from ..base import Mechanism
-from ..errors import UnsupportedCallError
+from ..errors import InvalidInputError, UnsupportedCallError
 from . import dense_mask, places
 from .places import Place
 
 _torch_sdpa = torch.nn.functional.scaled_dot_product_attention
+_torch_mha = torch.nn.functional.multi_head_attention_forward
 _ORDER = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_lock = threading.RLock()
-_active = 0  # swaps that need the replacement
 
 
 def may_reach(module: nn.Module) -> bool:
@@ -45,16 +45,15 @@ _frames = _Frames()
 
 
 class _Catch(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _torch_sdpa:
-            return _serve(args, kwargs or {})
+            func = _serve
+        elif func is _torch_mha:
+            func = _multi_head
         return func(*args, **(kwargs or {}))
 
 
-def _replacement(*args: Any, **kwargs: Any) -> Any:
-    return _serve(args, kwargs)
-
-
+@torch.compiler.disable
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if places.ruling(module) is None:
         return  # a copy of a swapped module has its hooks, but is in no swap
@@ -66,6 +65,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     _frames.modules.append((module, places.crosses(module, args, kwargs)))
 
 
+@torch.compiler.disable
 def _leave(module: nn.Module, *_: Any) -> None:
     for at in range(len(_frames.modules) - 1, -1, -1):
         if _frames.modules[at][0] is module:
@@ -75,30 +75,23 @@ def _leave(module: nn.Module, *_: Any) -> None:
         _frames.modes.pop().__exit__(None, None, None)
 
 
-def watch(module: nn.Module) -> list[Callable[[], None]]:
+def watch(module: nn.Module) -> Callable[[nn.Module], None]:
     """Know when a module's forward runs; returns what undoes it."""
-    return [
-        module.register_forward_pre_hook(_enter, with_kwargs=True).remove,
-        module.register_forward_hook(_leave, always_call=True).remove,
+    hooks = [
+        module.register_forward_pre_hook(_enter, with_kwargs=True),
+        module.register_forward_hook(_leave, always_call=True),
     ]
 
+    def undo(module: nn.Module) -> None:
+        for hook in hooks:
+            hook.remove()
+        _leave(module)  # where its forward runs now, for the hook will not
 
-def begin() -> None:
-    global _active
-    with _lock:
-        _active += 1
-        torch.nn.functional.scaled_dot_product_attention = _replacement  # type: ignore[assignment]
-
-
-def end() -> None:
-    global _active
-    with _lock:
-        _active -= 1
-        if not _active:
-            torch.nn.functional.scaled_dot_product_attention = _torch_sdpa
+    return undo
 
 
-def _serve(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+@torch.compiler.disable
+def _serve(*args: Any, **kwargs: Any) -> Tensor:
     """One call of torch's attention, by whatever the innermost swapped module's swap chose."""
 
     def original() -> Tensor:
@@ -137,22 +130,31 @@ def _serve(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _attend(mechanism: Mechanism, place: Place, given: dict[str, Any]) -> tuple[Tensor, str]:
-    query = given["query"]
     if given.get("dropout_p"):
         raise UnsupportedCallError(
             f"attention dropout of {given['dropout_p']} is no part of a mechanism; call "
             "model.eval(), or set the module's dropout to 0"
         )
-    lead = query.shape[:-3]
-    q, k, v = (_four(given[name], lead) for name in ("query", "key", "value"))
-    if not given.get("enable_gqa") and k.shape[1] != q.shape[1]:
-        k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    query, key, value, mask = (given.get(name) for name in _ORDER[:4])
+    if query.is_nested:
+        raise UnsupportedCallError("nested tensors have no shape that a mechanism could read")
+    if mask is not None and given.get("is_causal"):
+        raise InvalidInputError(
+            f"module {place.name!r}: attn_mask was given beside is_causal=True; torch's attention "
+            "takes one of them"
+        )
+    # torch broadcasts all axes but the last two, and of grouped heads all but the last three.
+    own = 3 if given.get("enable_gqa") else 2
+    lead = torch.broadcast_shapes(
+        *(x.shape[:-own] for x in (query, key, value, mask) if x is not None)
+    )
+    q, k, v = (_four(x.expand(*lead, *x.shape[-own:]), own) for x in (query, key, value))
     n, m = q.shape[2], k.shape[2]
     said: dict[str, Any] = {}
-    mask = given.get("attn_mask")
     if mask is not None:
-        mask = _four(mask, lead) if mask.ndim >= 2 else mask.expand(1, 1, 1, m)
-        said = dense_mask.read(mask, q.shape[0], n, m, q.dtype)
+        heads = query.shape[-3:-2] if own == 3 else ()
+        dense = _four(mask.expand(*lead, *heads, n, m), own)
+        said = dense_mask.read(dense, q.shape[0], n, m, q.dtype)
     elif given.get("is_causal"):
         # torch aligns query 0 with key 0.
         said = {"causal": True} | ({"q_offset": 0} if n != m else {})
@@ -161,13 +163,25 @@ def _attend(mechanism: Mechanism, place: Place, given: dict[str, Any]) -> tuple[
         said["scale"] = float(scale)
     with places.inside():
         out, _, impl = functional.serve(mechanism, q, k, v, impl=place.swap.impl, **said)
-    return out.reshape(*query.shape[:-1], v.shape[-1]), impl
+    return out.reshape(*lead, *query.shape[-own:-1], v.shape[-1]), impl
 
 
-def _four(x: Tensor, lead: torch.Size) -> Tensor:
-    """`[..., H, L, E]` as `[B, H, L, E]`; what has fewer axes gets axes of one."""
-    while x.ndim < 4:
-        x = x[None] if x.ndim != 3 or lead else x[:, None]
-    if x.ndim == 4:
-        return x
-    return x.expand(*lead, *x.shape[-3:]).flatten(0, -4)
+def _four(x: Tensor, own: int) -> Tensor:
+    """As `[B, H, L, E]`: without heads of its own (`own` is 2) the last axis before L is H."""
+    if x.ndim == 2:
+        return x[None, None]
+    if x.ndim == 3:
+        return x[:, None] if own == 2 else x[None]
+    return x.flatten(0, -4)
+
+
+# torch's multi-head attention, word for word, but for the attention that it calls.
+_multi_head: Any = torch.compiler.disable(
+    types.FunctionType(
+        _torch_mha.__code__,
+        {**vars(torch.nn.functional), "scaled_dot_product_attention": _serve},
+        _torch_mha.__name__,
+        _torch_mha.__defaults__,
+        _torch_mha.__closure__,
+    )
+)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import choice, registry
@@ -80,21 +82,17 @@ class Swap:
                 transformers_route.hold(module, views)
                 self._undo_in(module, transformers_route.release)
             for name, module in asking.items():
-                self._put(name, module)
-                self._undo.append(places.watch_crossing(module))
+                self._put(name, module, places.watch_crossing)
         if calling or not asking:
-            sdpa_route.begin()
-            # A model may be dropped with its swap still at work; torch gets its function back then.
-            self._undo.append(weakref.finalize(self, sdpa_route.end))
             for name, module in modules.items():
                 if name not in asking:
-                    self._put(name, module)
-                    self._undo += sdpa_route.watch(module)
+                    self._put(name, module, sdpa_route.watch)
         self._expected = {*asking, *calling}
+        _forget_compiled()
 
-    def _put(self, name: str, module: nn.Module) -> None:
+    def _put(self, name: str, module: nn.Module, watch: places.Watch) -> None:
         place = self._places[name] = Place(self, name)
-        places.put(module, place)
+        places.put(module, place, watch)
         self._undo_in(module, functools.partial(places.take_away, place))
 
     def _undo_in(self, module: nn.Module, undo: Callable[[nn.Module], None]) -> None:
@@ -130,6 +128,7 @@ class Swap:
             self._restored = True
             while self._undo:
                 self._undo.pop()()
+            _forget_compiled()
 
     def __enter__(self) -> Swap:
         if self._restored:
@@ -159,6 +158,13 @@ class Swap:
     def __repr__(self) -> str:
         state = "restored" if self._restored else "active"
         return f"Swap({self.mechanism!r} in {self._kind}, {state}, {len(self.report)} modules)"
+
+
+def _forget_compiled() -> None:
+    """Drop what torch.compile made: it does not ask whether a module's hooks have changed, and
+    would go on computing what the model computed before."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _choices(
