@@ -28,7 +28,16 @@ TEXT = {name: path.read_text() for name, path in PAGES.items()}
 # Commands that this file does not run, and why.
 NOT_RUN = {
     "make demo": "it installs, and measures for minutes",
+    "make demo-model": "it installs, downloads, and measures for minutes",
     "make test": "it runs this file",
+    **dict.fromkeys(
+        (
+            "sparseattn evaluate smollm2 windowed(window=60, sinks=4) --text hamlet.txt",
+            "sparseattn record smollm2 --text hamlet.txt --output smollm2.safetensors "
+            "--layers 2,10,23",
+        ),
+        "the model is what `make demo-model` downloads",
+    ),
 }
 HOOKS_PAGE = "hooks.md"  # its commands need its plugins: `test_hook_examples_work`
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -284,15 +293,18 @@ def test_a_wrong_option_is_seen(old: str, new: str) -> None:
     assert cli_problems(TEXT["cli.md"].replace(old, new)) != []
 
 
-def test_json_fields_are_described(folder: Path, commands: Any) -> None:
+def test_json_fields_are_described(folder: Path, scripts: Any, commands: Any) -> None:
     commands("cli.md")
+    commands("models.md")  # with the model that the page's own script saves
     parts = {h.removeprefix("sparseattn "): t for h, t in sections(TEXT["cli.md"]).items()}
     fields = {
         name: {word: row[1] for row in table(part, "field", "meaning") for word in code(row[0])}
         for name, part in parts.items()
     }
     written = {
-        path.stem: json.loads(path.read_text()) for path in (folder / "cli.md").glob("*.json")
+        path.stem: json.loads(path.read_text())
+        for page in ("cli.md", "models.md")
+        for path in (folder / page).glob("*.json")
     }
     row = written["backward"]["rows"][0]
     found = {
@@ -300,6 +312,9 @@ def test_json_fields_are_described(folder: Path, commands: Any) -> None:
         "show": {*written["bigbird"], *written["map"]} - set(fields["list"]),
         "compare": set(row),
         "bench": set(written["growth"]["growth"][0]),
+        "evaluate": set(written["evaluation"]["rows"][0]),
+        "record": set(written["recorded"]),
+        "report": set(written["reported"][0]),
         "check": set(written["laws"][0]),
         "doctor": {word for record in written["doctor"] for word in record},
         "new": set(written["made"]),

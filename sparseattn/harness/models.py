@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -321,8 +322,9 @@ def _no_room(folder: Path, error: OSError) -> InvalidInputError:
 
 def _dequantise(gguf: Path, target: Path) -> None:
     given = {"gguf_file": gguf.name}
-    model = _read("AutoModelForCausalLM", gguf.parent, str(gguf), dtype=torch.float32, **given)
-    tokenizer = _read("AutoTokenizer", gguf.parent, str(gguf), **given)
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that has no other switch
+        model = _read("AutoModelForCausalLM", gguf.parent, str(gguf), dtype=torch.float32, **given)
+        tokenizer = _read("AutoTokenizer", gguf.parent, str(gguf), **given)
     # transformers takes the model for quantised still, and refuses to save such.
     model.hf_quantizer = None
     vars(model.config).pop("quantization_config", None)
