@@ -41,6 +41,11 @@ class Run(NamedTuple):
 
     def subcall(self, call: AttentionCall) -> AttentionCall:
         """The call of this run alone: no segments, `key_mask` only where there are holes."""
+        cut_off = isinstance(call.q_offset, Tensor) or (
+            (self.n, self.m, self.offset) != (call.n, call.m, call.q_offset)
+        )
+        if call.key_mask is None and call.q_segments is None and not cut_off:
+            return call  # which is its one run
         bias = call.bias
         if bias is not None:
             bias = bias if bias.shape[0] == 1 else bias[self.batch]

@@ -69,6 +69,9 @@ _LIB.define(
 )
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """Inputs are cast already: autocast would only turn wide products back to half.
 
@@ -76,7 +79,7 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return _NOTHING
 
 
 def _rebuild(
@@ -87,6 +90,8 @@ def _rebuild(
     key_mask, q_seg, kv_seg, selection, bias, _, offsets, offset, _, causal, scale, softcap, _ = (
         args
     )
+    if offsets is None:
+        offsets = k.shape[2] - q.shape[2] if offset is None else offset
     call = AttentionCall(
         batch=q.shape[0],
         q_heads=q.shape[1],
@@ -99,7 +104,7 @@ def _rebuild(
         scale=scale,
         dtype=q.dtype,
         device=q.device,
-        q_offset=offset if offsets is None else offsets,
+        q_offset=offsets,
         key_mask=key_mask,
         q_segments=q_seg,
         kv_segments=kv_seg,
@@ -162,13 +167,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
     with without_autocast(q.device.type):
         call = _rebuild(mechanism, q, k, v, args)
         dtype = _digits(kernel, call, 1, FEW_PAIRS)
-        out, lse = _run(
-            mechanism,
-            kernel,
-            *(q.to(dtype), k.to(dtype), v.to(dtype)),
-            call.to_dtype(dtype),
-            args[_SINK],
-        )
+        inputs = (q, k, v) if dtype == q.dtype else (q.to(dtype), k.to(dtype), v.to(dtype))
+        out, lse = _run(mechanism, kernel, *inputs, call.to_dtype(dtype), args[_SINK])
     if lse is None:
         lse = q.new_empty(_lse_shape(q, kernel), dtype=wide(q.dtype))
     return out.to(q.dtype).contiguous(), lse.to(wide(q.dtype)).contiguous()

@@ -91,7 +91,7 @@ def _inert(csr: BlockCSR, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
 
 def _grouped(x: Tensor, call: AttentionCall) -> Tensor:
     """`[b, Hq, n, ...]` as `[b * Hkv, G, n, ...]`."""
-    return x.unflatten(1, (call.kv_heads, call.groups)).flatten(0, 1)
+    return x.reshape(call.batch * call.kv_heads, call.groups, *x.shape[2:])
 
 
 class TorchKernel:

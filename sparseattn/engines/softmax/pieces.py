@@ -55,6 +55,10 @@ def forward(
         out `[Z, G, n, Dv]` and lse `[Z, G, n]`; rows in no piece are 0 and -inf.
     """
     z, g, n, _ = q.shape
+    only = pieces[0] if g == len(pieces) == 1 else None
+    if isinstance(only, Rect) and (only.r0, only.r1) == (0, n):
+        o, s = _piece(only, q[:, 0], k, v, scale)
+        return o[:, None], s[:, None]
     out = q.new_empty(z, g, n, v.shape[-1])
     lse = q.new_empty(z, g, n, dtype=wide(q.dtype))
     done: list[tuple[int, int]] = []
@@ -92,8 +96,10 @@ def _piece(
     if isinstance(piece, Rect):
         keys = slice(piece.k0, piece.k1)
         mask = _mask_of(piece, q.dtype)
-        o, s = flash_forward(q[None], k[None, :, keys], v[None, :, keys], scale, mask, piece.causal)
-        return o[0], s[0]
+        # As rows of a batch, not heads of one: the kernel then returns them contiguous.
+        parts = (q[:, None], k[:, None, keys], v[:, None, keys])
+        o, s = flash_forward(*parts, scale, mask, piece.causal)
+        return o[:, 0], s[:, 0]
     tiled = q.unflatten(1, (piece.tiles, piece.size))
     if isinstance(piece, Stack):
         o, s = flash_forward(

@@ -57,7 +57,7 @@ def flash_forward(
     width = max(q.shape[-1], value_dim)
     qp, kp, vp = (_unit_stride(_pad_width(x, width)) for x in (q, k, v))
     out, lse = _FLASH(qp, kp, vp, 0.0, causal, attn_mask=mask, scale=scale)
-    out = out[..., :value_dim]
+    out = out if width == value_dim else out[..., :value_dim]
     # The kernel reports lse = 0 both for a row that sees no key and, at short lengths, for one
     # whose logits are all NaN, which it turns into zeros. Only these rows are computed again.
     odd = lse == 0
