@@ -119,7 +119,8 @@ def _packed(call: AttentionCall) -> list[_Row]:
     assert call.q_segments is not None and call.kv_segments is not None
     # Traced code could not read the values when the call was validated.
     check_contiguous_runs("q_segments", call.q_segments)
-    check_contiguous_runs("kv_segments", call.kv_segments)
+    if call.kv_segments is not call.q_segments:
+        check_contiguous_runs("kv_segments", call.kv_segments)
     q_all, k_all = call.q_segments.cpu().numpy(), call.kv_segments.cpu().numpy()
     mask = None if call.key_mask is None else call.key_mask.cpu().numpy()
     rows: list[_Row] = []
