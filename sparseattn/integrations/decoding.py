@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Any
 
@@ -14,13 +13,6 @@ from ..base import Mechanism
 from ..cache import Cache
 from ..errors import InvalidInputError, SwapError
 from . import places
-
-
-class _Waiting(threading.local):
-    layer: Any = None
-
-
-_waiting = _Waiting()
 
 
 class MechanismLayer:
@@ -39,7 +31,7 @@ class MechanismLayer:
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self._module = weakref.ref(module)
-        self._new: tuple[Tensor, Tensor] | None = None
+        self._new: Tensor | None = None
         self.cache: Cache | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -49,21 +41,24 @@ class MechanismLayer:
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         module = self._module()
-        if module is None or places.ruling(module) is None:
+        place = None if module is None else places.ruling(module)
+        if place is None or not place.now.awaited:
             raise SwapError(
-                "a cache of sparseattn.make_cache was used outside of the swap it was made in; "
-                "make another where you use it"
-            )
-        if _waiting.layer is not None:
-            _waiting.layer._new = _waiting.layer = None
-            raise SwapError(
-                "new keys of a cache of sparseattn.make_cache never reached the swapped attention; "
-                "use the model's own cache"
+                "a cache of sparseattn.make_cache was used outside of the swap it was made in, or "
+                "by another model; make another where you use it"
             )
         self.lazy_initialization(key_states, value_states)
-        self._new = (key_states, value_states)
-        _waiting.layer = self
+        self._new, place.now.layer = key_states, self
         return key_states, value_states
+
+    def check_position(self, start: int) -> None:
+        """Raise where the model stands at another token than this layer."""
+        if start != self.get_seq_length():
+            raise SwapError(
+                f"the model is at token {start}, and this layer of its cache at "
+                f"{self.get_seq_length()}: a forward failed halfway; reset() the cache, or make "
+                "another with sparseattn.make_cache(model)"
+            )
 
     def attend(
         self, mechanism: Mechanism, q: Tensor, k: Tensor, v: Tensor, **arguments: Any
@@ -126,14 +121,15 @@ class MechanismLayer:
             )
 
 
-def waiting(key: Tensor) -> MechanismLayer | None:
+def waiting(place: places.Place, key: Tensor) -> MechanismLayer | None:
     """The layer whose new keys these are; it waits no longer."""
-    layer: MechanismLayer | None = _waiting.layer
+    now = place.now
+    layer: MechanismLayer | None = now.layer
+    now.awaited, now.layer = False, None
     if layer is None:
         return None
-    _waiting.layer = None
     new, layer._new = layer._new, None
-    if new is None or new[0] is not key:
+    if new is not key:
         raise SwapError(
             "the keys that reached the swapped attention are not those that its cache of "
             "sparseattn.make_cache was given: this model changes them in between; use its own cache"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ..errors import SwapError
@@ -28,6 +29,15 @@ _LIBRARY = ("transformers.modeling_utils", "transformers.generation.utils")
 _lock = threading.RLock()
 
 
+class Now(threading.local):
+    """Of a module's forward in this thread: whether it has yet to attend, whether that is to another
+    sequence, and the layer of `make_cache` that was given its new keys."""
+
+    awaited = False
+    crosses = False
+    layer: Any = None
+
+
 @dataclass(eq=False)
 class Place:
     """A swap's hold on one module, and what it counted there."""
@@ -40,7 +50,7 @@ class Place:
     impl: str | None = None
     mechanism: str = ""
     reason: str = ""
-    crossing: threading.local = field(default_factory=threading.local)
+    now: Now = field(default_factory=Now)
 
     def count(self, mechanism: str, impl: str) -> None:
         """A call that a mechanism served."""
@@ -139,17 +149,37 @@ def _positions(kind: type) -> tuple[int, ...]:
     return _known_positions[kind]
 
 
-def _note_crossing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # A function of this module, so that a swapped model can be pickled; in a copy it finds nothing.
+# Functions of this module, so that a swapped model can be pickled; in a copy they find no place.
+@torch.compiler.disable
+def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     place = ruling(module)
     if place is not None:
-        place.crossing.now = crosses(module, args, kwargs)
+        now = place.now
+        now.awaited, now.crosses, now.layer = True, crosses(module, args, kwargs), None
 
 
-def watch_crossing(module: nn.Module) -> Callable[[nn.Module], None]:
-    """Note at each forward of a module whether it attends to another sequence."""
-    hook = module.register_forward_pre_hook(_note_crossing, with_kwargs=True)
-    return lambda _: hook.remove()
+@torch.compiler.disable
+def _end(module: nn.Module, *_: Any) -> None:
+    place = ruling(module)
+    if place is not None and place.now.layer is not None:
+        raise SwapError(
+            f"module {place.name!r} gave new keys to a cache of sparseattn.make_cache, and they "
+            "never reached the swapped attention; use the model's own cache"
+        )
+
+
+def watch_asking(module: nn.Module) -> Callable[[nn.Module], None]:
+    """Note at each forward of a module what it is about; returns what ends that."""
+    hooks = [
+        module.register_forward_pre_hook(_begin, with_kwargs=True),
+        module.register_forward_hook(_end),
+    ]
+
+    def undo(_: nn.Module) -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return undo
 
 
 def code_names(kind: type) -> frozenset[str]:

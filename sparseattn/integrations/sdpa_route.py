@@ -1,8 +1,8 @@
 """Every other model that calls torch's `scaled_dot_product_attention`.
 
-While a swapped module's forward runs, a `TorchFunctionMode` catches the call in that thread, wherever
-its name was bound. torch's own `multi_head_attention_forward` is one function to the mode, so it
-runs as a copy whose attention is ours. Nothing that other models use is replaced.
+While a swapped module's forward runs, a `TorchFunctionMode` catches the call in that thread,
+wherever its name was bound. torch's own `multi_head_attention_forward` is one function to the mode,
+so it runs as a copy whose attention is ours. Nothing that other models use is replaced.
 """
 
 from __future__ import annotations

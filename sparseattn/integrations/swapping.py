@@ -82,7 +82,7 @@ class Swap:
                 transformers_route.hold(module, views)
                 self._undo_in(module, transformers_route.release)
             for name, module in asking.items():
-                self._put(name, module, places.watch_crossing)
+                self._put(name, module, places.watch_asking)
         if calling or not asking:
             for name, module in modules.items():
                 if name not in asking:

@@ -229,14 +229,14 @@ def attend(
     """The attention function behind the name: `[B, N, Hq, Dv]`, and None for the weights."""
     place = places.ruling_or_raise(module)
     request = Request(module, query, key, value, attention_mask, words)
-    if getattr(place.crossing, "now", False):
+    layer = decoding.waiting(place, key)
+    if place.now.crosses:
         chosen = place.swap.cross
         if chosen is None:
             place.count_exact(request.original_name)
             return request.original()
     else:
         chosen = place.swap.chosen(place.name)
-    layer = decoding.waiting(key)
     exact = chosen.nature == "exact" and layer is None and place.swap.impl in ("auto", "torch")
     if exact and request.is_sdpa_small() and not request.refused_words():
         place.count(repr(chosen), "torch")
@@ -245,10 +245,13 @@ def attend(
         out, impl = _serve(request, chosen, place, layer)
     except UnsupportedCallError as error:
         if place.swap.on_unsupported == "raise" or layer is not None:
+            way_out = (
+                'Give it another mechanism with layers={...}, or on_unsupported="full"'
+                if layer is None
+                else "Use the model's own cache, or another mechanism"
+            )
             raise UnsupportedCallError(
-                f"module {place.name!r}: {error}. Give it another mechanism with "
-                'layers={...}, or on_unsupported="full"',
-                error.reasons,
+                f"module {place.name!r}: {error}. {way_out}", error.reasons
             ) from error
         place.count_fallback(repr(chosen), request.original_name, error.reasons)
         return request.original()
@@ -270,6 +273,7 @@ def _serve(
             raise UnsupportedCallError("a cache of sparseattn.make_cache takes no mask of its own")
         arguments["causal"] = True
         if isinstance(mask, LazyMask):
+            layer.check_position(mask.q_offset)
             if mask.kind != "causal" or mask.segments is not None:
                 raise UnsupportedCallError("a cache serves causal attention of unpacked rows alone")
             arguments["key_mask"] = mask.padding_of(layer.get_seq_length(), q.shape[2])
