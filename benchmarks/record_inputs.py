@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from sparseattn.harness import models, recording
+from sparseattn.harness import models, observing
 
 OUT = Path(__file__).parents[1] / "sparseattn" / "harness" / "data" / "recorded.safetensors"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -84,7 +84,7 @@ def capture(text: str, layers: set[int] | None) -> tuple[dict[int, Tensors], lis
     found: dict[int, Tensors] = {}
     calls = itertools.count()
 
-    def see(seen: recording.Seen) -> None:
+    def see(seen: observing.Seen) -> None:
         layer = next(calls)
         if layer in wanted:
             found[layer].update(q=seen.q.clone(), k=seen.k.clone(), v=seen.v.clone())
@@ -106,7 +106,7 @@ def capture(text: str, layers: set[int] | None) -> tuple[dict[int, Tensors], lis
         untouched = model(ids, use_cache=False).logits
         for h in hooks:
             h.remove()
-        with recording.observe(model, see):
+        with observing.observe(model, see):
             assert torch.equal(model(ids, use_cache=False).logits, untouched), (
                 "recording changed it"
             )

@@ -239,12 +239,15 @@ def test_full_is_the_original_and_controls_stand_beside(llama: Path, text: Path)
 
 
 def test_layers_may_keep_other_mechanisms(llama: Path, text: Path) -> None:
-    def row(**layers: str) -> dict[str, Any]:
-        given = {"layers": layers, "text": text, **MODES}
-        return evaluate(llama, ["windowed(window=4)"], **given)["rows"][2]
+    def kl(**layers: str) -> list[float]:
+        rows = evaluate(llama, ["windowed(window=4)", "full"], layers=layers, text=text, **MODES)
+        return [row["kl"] for row in rows["rows"]]
 
-    assert row(**{"*self_attn": "full"})["kl"] == 0.0
-    assert 0 < row(**{"*layers.0.*": "full"})["kl"] < row()["kl"]
+    original, full, window, mean = kl()
+    assert kl(**{"*self_attn": "full"}) == [original, full, 0.0, mean]
+    mixed = kl(**{"*layers.0.*": "windowed(window=4)"})  # also where `full` was asked for
+    assert mixed[0] == 0.0 < mixed[1] != window
+    assert mixed[2:] == [window, mean]  # what nobody asked for is what it is
 
 
 @dataclass(frozen=True)

@@ -128,8 +128,9 @@ def evaluate(
     for name, value in (("windows", windows), ("runs", runs)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidInputError(f"{name} must be an int of at least 1, got {value!r:.80}")
-    entries = _entries(specs)
-    others = mechanisms(list((layers or {}).values()))
+    layers = dict(layers or {})
+    entries = _entries(specs, layers)
+    others = mechanisms(list(layers.values()))
     check_impl(impl, [*(e.mechanism for e in entries if e.mechanism is not None), *others])
     words = read_text(text)
     loaded = load(model, dtype, device)
@@ -156,7 +157,7 @@ def evaluate(
             "context": context,
             "score": score,
             "windows": windows,
-            "layers": dict(layers or {}),
+            "layers": layers,
             "impl": impl,
             "on_unsupported": on_unsupported,
             "dtype": str(dtype).removeprefix("torch."),
@@ -165,7 +166,7 @@ def evaluate(
         }
     )
     reading = _Reading(loaded.model, ids, start, end, runs)
-    put = _Put(loaded.model, dict(layers or {}), impl, on_unsupported)
+    put = _Put(loaded.model, layers, impl, on_unsupported)
     with contextlib.ExitStack() as stack:
         book = None
         if journal is not None:
@@ -187,23 +188,29 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Entry:
-    """One row to be: its mechanism, or None for the model as it came."""
+    """One row to be: its mechanism, or None for the model as it came.
+
+    Attributes:
+        asked: whether someone asked for it; else it is what it is in every layer, by whatever
+            serves it.
+    """
 
     mechanism: Mechanism | None
-    control: bool = False
+    control: bool = True
+    asked: bool = False
 
     @property
     def name(self) -> str:
         return ORIGINAL if self.mechanism is None else repr(self.mechanism)
 
 
-def _entries(specs: Sequence[str | Mechanism] | None) -> list[_Entry]:
+def _entries(specs: Sequence[str | Mechanism] | None, layers: Mapping[str, str]) -> list[_Entry]:
     wanted = mechanisms(registered(DEFAULT_SPECS) if specs is None else specs)
-    asked = [_Entry(mech, mech.name in CONTROLS) for mech in wanted]
+    # A mixture of mechanisms is no control.
+    asked = [_Entry(mech, mech.name in CONTROLS and not layers, asked=True) for mech in wanted]
     exact = [entry for entry in asked if entry.mechanism == exact_control()]
     others = [entry for entry in asked if entry not in exact]
-    full = exact or [_Entry(exact_control(), True)]
-    return [_Entry(None, True), *full, *others, _Entry(MeanOfValues(), True)]
+    return [_Entry(None), *(exact or [_Entry(exact_control())]), *others, _Entry(MeanOfValues())]
 
 
 def _score(context: int, score: tuple[int, int] | None) -> tuple[int, int]:
@@ -240,13 +247,11 @@ class _Put:
     def __call__(self, entry: _Entry) -> contextlib.AbstractContextManager[Swap | None]:
         if entry.mechanism is None:
             return contextlib.nullcontext()
-        # A control is what it is in every layer, by whatever serves it.
-        control = isinstance(entry.mechanism, MeanOfValues) or entry.mechanism.nature == "exact"
         return swap(
             self.model,
             entry.mechanism,
-            layers=None if control else self.layers,
-            impl="auto" if control else self.impl,
+            layers=self.layers if entry.asked else None,
+            impl=self.impl if entry.asked else "auto",
             on_unsupported=self.on_unsupported,
         )
 
