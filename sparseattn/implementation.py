@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from . import reference
+from .arguments import is_readable
 from .cache import Cache
 from .call import AttentionCall
 from .digits import wide
@@ -98,7 +99,8 @@ class EngineImplementation(Implementation):
     def run(
         self, mechanism: Mechanism, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> tuple[Tensor, Tensor | None]:
-        call = mechanism.with_selection(q, k, call)
+        if is_readable(q):  # else the operator makes the selection, which runs untraced
+            call = mechanism.with_selection(q, k, call)
         out, lse = op.attend(mechanism, self.kernel, q, k, v, call)
         return out, lse if self.engine == "softmax" else None
 

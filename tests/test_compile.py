@@ -43,6 +43,28 @@ def test_compiled_equals_eager_bit_for_bit(spec: str, how: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
 
 
+MASKS = {
+    "padding": {"key_mask": torch.arange(40)[None] >= torch.tensor([[7], [0]])},
+    "packing": {"q_segments": (torch.arange(40) > 15).expand(2, 40).to(torch.int64)},
+    "offsets": {"q_offset": torch.tensor([0, -3])},
+}
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_masks_are_tensors_to_compiled_code(spec: str, masks: str) -> None:
+    torch._dynamo.reset()
+    x = [a.detach().expand(2, -1, -1, -1) for a in qkv()]
+    names, given = zip(*MASKS[masks].items(), strict=True)
+
+    def run(q, k, v, *given):
+        words = dict(zip(names, given, strict=True))
+        return sa.attention(q, k, v, spec, causal=True, **words)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(*x, *given), run(*x, *given))
+
+
 class Windowed(torch.nn.Module):
     def forward(self, q, k, v):
         return sa.attention(q, k, v, "windowed(window=8)", causal=True)
