@@ -331,6 +331,15 @@ def test_hostile_names_are_only_text(compared, grown, folder):
         assert f"{name}{at}" in shown
 
 
+def test_every_chart_is_valid_vega_lite(whole):
+    altair = pytest.importorskip("altair")
+    for chart in Page(whole.read_text(encoding="utf-8")).charts.values():
+        for spec in chart.values():
+            altair.Chart.from_dict(spec)  # validates
+    with pytest.raises(Exception, match="bounds"):
+        altair.Chart.from_dict({**spec, "bounds": 3})
+
+
 def test_names_are_no_expressions(compared, folder):
     name = "'] || datum['"
     for chart in page_of(folder, renamed(compared, [name])).charts.values():
@@ -582,15 +591,20 @@ def test_a_browser_draws_every_chart_without_complaint(view, seen, whole):
 @needs_browser
 def test_letters_stand_out_from_the_paper_in_both_schemes(seen, whole):
     style = Page(whole.read_text(encoding="utf-8")).all("style")[0].text
-    light, dark = (dict(re.findall(r"--(\w+): (#\w+);", part)) for part in style.split("@media", 1))
-    for view, colours in (("light", light), ("dark", dark | {})):
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#\w+);", part))
+        for part in style.split("@media (prefers-color-scheme: dark)")
+    )
+    for view, colours in (("light", light), ("dark", dark)):
         svg = "".join(re.findall(r"<svg.*?</svg>", seen[view].dom, re.S))
-        fills = set(re.findall(r'<text[^>]*fill="(#\w+)"', svg))
+        fills = set(re.findall(r'<text[^>]*fill="([^"]+)"', svg))
         assert colours["ink"] in fills and colours["soft"] in fills
         assert colours["c1"] in svg and contrast(colours["ink"], colours["paper"]) >= 7
-        cells = {"#111", "#fff"}  # letters in cells of the heat map, whose colours are the same
+        cells = {"#111", "#fff"}  # letters on the heat map, whose colours do not change
         for fill in fills - cells - {colours["paper"]}:  # paper: the halo behind a name
             assert contrast(fill, colours["paper"]) >= 4.5, (view, fill)
+        lines = [colours[f"c{at}"] for at in range(1, 8)]  # the names of lines have their colours
+        assert min(contrast(colour, colours["paper"]) for colour in lines) >= 4.5
     assert contrast("#ffffff", "#000000") == pytest.approx(21)
 
 

@@ -241,7 +241,7 @@ in the tables.</p></noscript>
 
     def _setting(self, document: Stored, rows: list[dict[str, Any]]) -> str:
         name = _setting(rows[0])
-        facts = tables.facts(document.kind)
+        facts = tables.facts(document.kind, rows)
         found = [scatter(rows, ERROR_AND_TIME, facts), by_head(rows)]
         figures = [self._figure(document, chart, name) for chart in found if chart is not None]
         shown = tables.table(tables.columns(document.kind, rows), rows, f"{name}: {_KEY}")
@@ -249,7 +249,7 @@ in the tables.</p></noscript>
 
     def _evaluation(self, document: Stored) -> str:
         rows = document.rows
-        facts = tables.facts(document.kind)
+        facts = tables.facts(document.kind, rows)
         found = [perplexity(rows), scatter(rows, PERPLEXITY_AND_TIME, facts)]
         figures = [self._figure(document, chart, "") for chart in found if chart is not None]
         shown = tables.table(tables.columns(document.kind, rows), rows, f"All rows: {_KEY}")

@@ -142,9 +142,11 @@ def columns(kind: str, rows: Sequence[Row]) -> list[Column]:
     return [one for one in known if any(one.of(row) not in (None, "") for row in rows)]
 
 
-def facts(kind: str) -> Mapping[str, Callable[[Row], str]]:
-    """What hovering over a row's mark shows."""
-    return {c.title: _words(c) for c in (_EVALUATED if kind == EVALUATION else _COMPARED)}
+def facts(kind: str, rows: Sequence[Row]) -> Mapping[str, Callable[[Row], str]]:
+    """What hovering over a row's mark shows: the columns but for metrics, whose titles are names
+    of strangers."""
+    known = _EVALUATED if kind == EVALUATION else _COMPARED
+    return {c.title: _words(c) for c in columns(kind, rows) if c in known}
 
 
 def _words(column: Column) -> Callable[[Row], str]:
