@@ -193,6 +193,24 @@ def test_a_model_that_shares_the_config_is_left_alone() -> None:
     assert not torch.equal(swapped, before)
 
 
+def test_a_model_made_of_a_swapped_ones_config_is_in_no_swap(model: Any) -> None:
+    before = logits(model)
+    with sa.swap(model, WINDOW):
+        logits(model)
+        other = LlamaForCausalLM(model.config).eval()
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(logits(other), before)
+    assert torch.equal(logits(other), before)
+
+
+def test_our_name_in_a_config_is_not_a_swap(model: Any) -> None:
+    with sa.swap(model, WINDOW):
+        logits(model)
+    model.set_attn_implementation("sparseattn")
+    with pytest.raises(sa.SwapError, match=r"sparseattn\.swap"):
+        logits(model)
+
+
 def test_threads_each_see_their_own_model() -> None:
     """Two models swapped differently and one not at all, at the same time."""
     models = [llama() for _ in range(3)]

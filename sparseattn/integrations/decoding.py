@@ -47,6 +47,11 @@ class MechanismLayer:
                 "a cache of sparseattn.make_cache was used outside of the swap it was made in, or "
                 "by another model; make another where you use it"
             )
+        if self._new is not None:
+            raise SwapError(
+                f"the last new keys of module {place.name!r} never reached the swapped attention; "
+                "reset() this cache, or use the model's own"
+            )
         self.lazy_initialization(key_states, value_states)
         self._new, place.now.layer = key_states, self
         return key_states, value_states

@@ -111,16 +111,6 @@ def ruling(module: nn.Module) -> Place | None:
     return held.places[-1] if held and held.places else None
 
 
-def ruling_or_raise(module: nn.Module) -> Place:
-    place = ruling(module)
-    if place is None:
-        raise SwapError(
-            f"{type(module).__name__} asked for sparseattn's attention, but no swap holds it; use "
-            "sparseattn.swap(model, spec) and leave the model's own setting alone"
-        )
-    return place
-
-
 def crosses(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a forward call attends to another sequence than its own."""
     if getattr(module, "is_cross_attention", False) is True:
@@ -149,37 +139,19 @@ def _positions(kind: type) -> tuple[int, ...]:
     return _known_positions[kind]
 
 
-# Functions of this module, so that a swapped model can be pickled; in a copy they find no place.
 @torch.compiler.disable
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # A function of this module, so that a swapped model can be pickled; a copy is in no swap.
     place = ruling(module)
     if place is not None:
         now = place.now
         now.awaited, now.crosses, now.layer = True, crosses(module, args, kwargs), None
 
 
-@torch.compiler.disable
-def _end(module: nn.Module, *_: Any) -> None:
-    place = ruling(module)
-    if place is not None and place.now.layer is not None:
-        raise SwapError(
-            f"module {place.name!r} gave new keys to a cache of sparseattn.make_cache, and they "
-            "never reached the swapped attention; use the model's own cache"
-        )
-
-
 def watch_asking(module: nn.Module) -> Callable[[nn.Module], None]:
     """Note at each forward of a module what it is about; returns what ends that."""
-    hooks = [
-        module.register_forward_pre_hook(_begin, with_kwargs=True),
-        module.register_forward_hook(_end),
-    ]
-
-    def undo(_: nn.Module) -> None:
-        for hook in hooks:
-            hook.remove()
-
-    return undo
+    hook = module.register_forward_pre_hook(_begin, with_kwargs=True)
+    return lambda _: hook.remove()
 
 
 def code_names(kind: type) -> frozenset[str]:

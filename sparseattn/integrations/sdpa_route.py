@@ -33,6 +33,13 @@ def may_reach(module: nn.Module) -> bool:
     return found or isinstance(module, nn.MultiheadAttention)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether torch made it, and it attends to nothing: a layer, a container."""
+    where = type(module).__module__
+    torchs = where.startswith("torch.nn.") and where != "torch.nn.modules.transformer"
+    return torchs and not may_reach(module)
+
+
 class _Frames(threading.local):
     """The swapped modules whose forward runs in this thread, the innermost last."""
 

@@ -85,7 +85,7 @@ class Swap:
                 self._put(name, module, places.watch_asking)
         if calling or not asking:
             for name, module in modules.items():
-                if name not in asking:
+                if name not in asking and not sdpa_route.is_plain(module):
                     self._put(name, module, sdpa_route.watch)
         self._expected = {*asking, *calling}
         _forget_compiled()
@@ -195,7 +195,7 @@ def _check_reachable(
     model: nn.Module, asking: dict[str, nn.Module], calling: dict[str, nn.Module]
 ) -> None:
     """Raise where a model's classes show that no swap can reach its attention."""
-    plain = all(type(module).__module__.startswith("torch.nn.") for module in model.modules())
+    plain = all(map(sdpa_route.is_plain, model.modules()))
     if asking or calling or not (plain or hasattr(model, "config")):
         return  # what code outside of the modules calls shows at run time
     own = sorted(

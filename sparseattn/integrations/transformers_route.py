@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..base import Mechanism
-from ..errors import UnsupportedCallError
+from ..errors import SwapError, UnsupportedCallError
 from . import decoding, dense_mask, places
 from .clipped import clipped, describe, is_relative
 from .lazy_mask import LazyMask
@@ -49,6 +49,7 @@ _WORDLESS = {
     "sliding_window",
     "use_cache",
 }
+_KNOWN = {"dropout", "scaling", "softcap", "s_aux", "position_bias"} | _WORDLESS
 _views: dict[type, type] = {}
 # Of each module: how many swaps hold it, and the configs that its attributes held.
 _held: weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[str, Any]]] = (
@@ -73,7 +74,8 @@ def _view(config: Any) -> Any:
             return NAME
 
         def set_name(self: Any, value: Any) -> None:
-            kind._attn_implementation.fset(self, value)  # type: ignore[attr-defined]
+            if value != NAME:  # a model that is made of this config writes back what it read
+                self.__dict__["_attn_implementation_internal"] = value
 
         def original(self: Any) -> Any:
             found = object.__new__(kind)
@@ -86,7 +88,7 @@ def _view(config: Any) -> Any:
             (kind,),
             {
                 "__module__": kind.__module__,
-                "_attn_implementation": property(name, set_name),
+                "_attn_implementation_internal": property(name, set_name),
                 "__copy__": lambda self: copy.copy(original(self)),
                 "__deepcopy__": lambda self, memo: copy.deepcopy(original(self), memo),
                 "__reduce_ex__": lambda self, protocol: (copy.copy, (original(self),)),
@@ -131,7 +133,13 @@ def install() -> None:
 
 
 def _original_name(config: Any) -> str:
-    return vars(config).get("_attn_implementation_internal") or "eager"
+    found: str = vars(config).get("_attn_implementation_internal") or "eager"
+    if found == NAME:
+        raise SwapError(
+            f"the config's own attn_implementation is {NAME!r}, which is sparseattn.swap's to set; "
+            'give it "sdpa", and call sparseattn.swap(model, spec)'
+        )
+    return found
 
 
 @torch.compiler.disable
@@ -188,15 +196,15 @@ class Request:
                 "mechanism; call model.eval(), or set the config's attention dropout to 0"
             )
         maps = self.words.get("output_attentions")
-        if getattr(self.config, "output_attentions", False) if maps is None else maps:
+        # Not by its property, which takes longer than all else here.
+        if vars(self.config).get("_output_attentions") if maps is None else maps:
             reasons.append(
                 "output_attentions=True asks for a dense map; use sparseattn.attention_weights"
             )
-        known = {"dropout", "scaling", "softcap", "s_aux", "position_bias"} | _WORDLESS
         reasons += [
             f"the module passes {name}, which the swap does not know"
             for name, value in self.words.items()
-            if name not in known and value is not None
+            if name not in _KNOWN and value is not None
         ]
         return reasons
 
@@ -227,8 +235,11 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **words: Any
 ) -> tuple[Tensor, Any]:
     """The attention function behind the name: `[B, N, Hq, Dv]`, and None for the weights."""
-    place = places.ruling_or_raise(module)
     request = Request(module, query, key, value, attention_mask, words)
+    place = places.ruling(module)
+    if place is None:
+        # Another model, which was made of a swapped one's config.
+        return request.original()
     layer = decoding.waiting(place, key)
     if place.now.crosses:
         chosen = place.swap.cross
