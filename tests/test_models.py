@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 # each other than float32 can tell.
 EPS32 = torch.finfo(torch.float32).eps
 WORDS = "Who's there? Nay, answer me: stand, and unfold yourself. Long live the king! " * 20
-MODES = {"context": 96, "score": (40, 90), "windows": 2}
+MODES = {"context": 96, "score": (40, 90), "windows": 2, "runs": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -515,11 +515,13 @@ def test_numbers_that_a_dtype_does_not_hold_are_refused(
 def test_evaluate_prints_a_table_and_keeps_a_file(llama: Path, text: Path, tmp_path: Path) -> None:
     target = tmp_path / "r.json"
     words = ["evaluate", str(llama), "windowed(window=8)", "--text", str(text), "--context", "96"]
-    result = run(*words, "--score", "40:90", "--json", str(target))
+    result = run(*words, "--score", "40:90", "--runs", "2", "--json", str(target))
     assert result.exit_code == 0, result.output
     assert "perplexity" in result.stdout and "windowed(window=8, sinks=0)" in result.stdout
     assert "text.txt, 1 x 96 tokens, scored 40:90, float32" in result.stdout
-    assert strict(target.read_text())["manifest"]["score"] == [40, 90]
+    document = strict(target.read_text())
+    assert document["manifest"]["score"] == [40, 90]
+    assert {row["time"]["runs"] for row in document["rows"]} == {2}
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 

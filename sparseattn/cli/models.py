@@ -108,7 +108,7 @@ def evaluate(
     impl: Impl = "auto",
     dtype: Dtype = "float32",
     device: Device = "cpu",
-    runs: Runs = 1,
+    runs: Runs = 3,
     json: JsonPath = None,
     resume: Resume = False,
 ) -> None:

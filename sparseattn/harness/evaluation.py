@@ -83,7 +83,7 @@ def evaluate(
     on_unsupported: str = "raise",
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
-    runs: int = 1,
+    runs: int = 3,
     progress: Progress | None = None,
     journal: str | os.PathLike[str] | None = None,
     resume: bool = False,
