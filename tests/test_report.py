@@ -130,7 +130,7 @@ def test_every_kind_of_result_has_its_charts_and_tables(files, folder):
     assert drawn == [
         at_a_length,
         ["Time and memory against length", *at_a_length, *at_a_length],
-        ["Perplexity by mechanism", "Perplexity, and time a token"],
+        ["Perplexity by mechanism", "Perplexity, and time over the original's"],
     ]
     page = Page((folder / "kinds.html").read_text(encoding="utf-8"))
     assert len(page.charts) == sum(map(len, drawn))
@@ -185,6 +185,17 @@ def test_worse_than_the_mean_is_said_of_a_model_too(folder):
     assert any(
         text.endswith("performer: ArithmeticError: its logits are not finite") for text in items
     )
+
+
+def test_a_model_is_timed_against_the_original_of_the_same_rounds(folder):
+    page = page_of(folder, evaluated())
+    shown = {v["fact0"]: v for v in points(page, "wide") if "fact0" in v}
+    assert {name: v["x"] for name, v in shown.items()} == {
+        row["mechanism"]: 1 / row["speedup"] for row in evaluated()["rows"] if row["speedup"]
+    }
+    # `windowed` with sinks is faster than the rest and worse than the exact ones only.
+    front = {name for name, v in shown.items() if v["front"]}
+    assert front == {"original", "windowed(window=60, sinks=4)"}
 
 
 def test_the_worst_head_is_named(compared, folder):

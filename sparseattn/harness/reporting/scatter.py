@@ -35,7 +35,7 @@ class Plane:
     """What a scatter shows: fields of rows, and words for them.
 
     Attributes:
-        x, y: paths of fields; x is a time in seconds.
+        x, y: paths of fields; `x_words`, a Vega expression, says a tick of x.
         guide: the control whose y is drawn as a line, and what lies above it.
         far: what is worse than the guide by this factor gets no place of its own on the axis, so
             that it does not squeeze the rest.
@@ -45,6 +45,7 @@ class Plane:
     y: tuple[str, ...]
     x_title: str
     y_title: str
+    x_words: str
     guide: tuple[str, str]
     far: float
 
@@ -54,14 +55,16 @@ ERROR_AND_TIME = Plane(
     ("error", "rel_l2"),
     "median time of a call",
     "relative error against exact attention",
+    SECONDS,
     ("mean_of_values", "above: worse than the mean of the values"),
     4.0,
 )
 PERPLEXITY_AND_TIME = Plane(
-    ("s_per_token",),
+    ("relative_time",),
     ("perplexity",),
-    "time a token",
+    "time over the original's",
     "perplexity",
+    "format(datum.value, '~g') + '×'",
     ("full", "above: worse than full"),
     30.0,
 )
@@ -81,7 +84,7 @@ def scatter(rows: Sequence[Row], plane: Plane, facts: Facts) -> Chart | None:
         return None
     left_out = [row for row in rows if not any(row is one for one in shown)]
     caption = (
-        "Lower is nearer, further left is faster, both on logarithmic axes. The line joins what "
+        "Lower is better, further left is faster, both on logarithmic axes. The line joins what "
         "nothing else beats in both; hollow marks are controls. Point at a mark for its whole row."
     )
     if any(_Upward.over(shown, plane, 440).far(value(row, *plane.y)) for row in shown):
@@ -122,7 +125,7 @@ def _scatter(
         "x:Q",
         title=plane.x_title,
         scale=log_scale(alt, across),
-        axis=alt.Axis(values=across.ticks(), labelExpr=SECONDS),
+        axis=alt.Axis(values=across.ticks(), labelExpr=plane.x_words),
     )
     y = alt.Y("y:Q", title=plane.y_title, scale=log_scale(alt, up.axis), axis=up.ticks(alt))
     layers: list[Any] = []

@@ -182,7 +182,7 @@ def _read(path: str) -> Stored:
         kind = GROWTH
     growth = _checked(grown or [], [_GROWN], f"growth of {path!r:.200}")
     if kind == EVALUATION:
-        _mark_pareto(kept)
+        _relate(kept)
     elif unfinished:
         from ..metrics import mark_pareto  # a journal's rows do not know one another yet
 
@@ -190,15 +190,17 @@ def _read(path: str) -> Stored:
     return Stored(path, kind, plain(manifest), kept, growth, unfinished)
 
 
-def _mark_pareto(rows: Sequence[dict[str, Any]]) -> None:
-    """Set `pareto` in the rows of an evaluation: no other has less perplexity in as little time."""
-    spots = [
-        (row["perplexity"], row["s_per_token"])
-        for row in rows
-        if row["status"] == "ok" and None not in (row["perplexity"], row["s_per_token"])
-    ]
+def _relate(rows: Sequence[dict[str, Any]]) -> None:
+    """Set in the rows of an evaluation `relative_time`, over the original's in the same rounds (no
+    other times took turns), and `pareto`: no other has less perplexity in as little of it."""
+    spots = []
     for row in rows:
-        x, y = row["perplexity"], row["s_per_token"]
+        speedup = row["speedup"] or 0
+        row["relative_time"] = 1 / speedup if row["status"] == "ok" and speedup > 1e-100 else None
+        if row["perplexity"] is not None and row["relative_time"] is not None:
+            spots.append((row["perplexity"], row["relative_time"]))
+    for row in rows:
+        x, y = row["perplexity"], row["relative_time"]
         row["pareto"] = (x, y) in spots and not any(
             a <= x and b <= y and (a < x or b < y) for a, b in spots
         )
