@@ -115,7 +115,8 @@ class LazyMask:
         from transformers.masking_utils import sdpa_mask
 
         skip = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        found: Tensor = sdpa_mask(**{**self._given, **skip})
+        found = sdpa_mask(**{**self._given, **skip})
+        assert found is not None  # it was asked not to skip
         return found
 
     @property

@@ -17,21 +17,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import SwapError
-
 if TYPE_CHECKING:
+    from ..base import Mechanism
     from .swapping import Swap
 
 # What attention code calls the states that keys come from where these are not the queries' own.
-_OTHER_STATES = ("key_value_states", "encoder_hidden_states", "memory", "context")
+_OTHER_STATES = frozenset({"key_value_states", "encoder_hidden_states", "memory", "context"})
 # Where transformers keeps what all its models share, and which attends to nothing itself.
 _LIBRARY = ("transformers.modeling_utils", "transformers.generation.utils")
 _lock = threading.RLock()
 
 
 class Now(threading.local):
-    """Of a module's forward in this thread: whether it has yet to attend, whether that is to another
-    sequence, and the layer of `make_cache` that was given its new keys."""
+    """Of a module's forward in this thread: whether it has yet to attend, whether that is to
+    another sequence, and the layer of `make_cache` that was given its new keys."""
 
     awaited = False
     crosses = False
@@ -48,11 +47,11 @@ class Place:
     fallbacks: int = 0
     served: bool = False  # by a mechanism that the swap chose
     impl: str | None = None
-    mechanism: str = ""
+    mechanism: object = ""  # its spec is written where a report asks for it
     reason: str = ""
     now: Now = field(default_factory=Now)
 
-    def count(self, mechanism: str, impl: str) -> None:
+    def count(self, mechanism: Mechanism, impl: str) -> None:
         """A call that a mechanism served."""
         with _lock:
             self.calls += 1
@@ -66,7 +65,7 @@ class Place:
             self.mechanism, self.impl = "full", impl
             self.reason = "cross-attention stays exact"
 
-    def count_fallback(self, mechanism: str, impl: str, reasons: list[str]) -> None:
+    def count_fallback(self, mechanism: Mechanism, impl: str, reasons: list[str]) -> None:
         """A call that the original attention served, for the mechanism refused it."""
         with _lock:
             self.calls += 1
@@ -113,16 +112,15 @@ def ruling(module: nn.Module) -> Place | None:
 
 def crosses(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a forward call attends to another sequence than its own."""
-    if getattr(module, "is_cross_attention", False) is True:
-        return True
-    if "CrossAttention" in type(module).__name__:
+    kind = type(module)
+    if vars(module).get("is_cross_attention") is True or "CrossAttention" in kind.__name__:
         return True
     if isinstance(module, nn.MultiheadAttention):
         given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
         return given.get("key") is not given.get("query")
-    if any(kwargs.get(word) is not None for word in _OTHER_STATES):
+    if any(kwargs[word] is not None for word in _OTHER_STATES & kwargs.keys()):
         return True
-    return any(at < len(args) and args[at] is not None for at in _positions(type(module)))
+    return bool(args) and any(at < len(args) and args[at] is not None for at in _positions(kind))
 
 
 _known_positions: dict[type, tuple[int, ...]] = {}

@@ -119,7 +119,7 @@ def _serve(*args: Any, **kwargs: Any) -> Tensor:
     given = dict(zip(_ORDER, args, strict=False)) | kwargs
     exact = chosen.nature == "exact" and place.swap.impl in ("auto", "torch")
     if exact and not given.get("dropout_p"):
-        place.count(repr(chosen), "torch")
+        place.count(chosen, "torch")
         return original()
     try:
         out, impl = _attend(chosen, place, given)
@@ -130,9 +130,9 @@ def _serve(*args: Any, **kwargs: Any) -> Tensor:
                 'or on_unsupported="full"',
                 error.reasons,
             ) from error
-        place.count_fallback(repr(chosen), "torch", error.reasons)
+        place.count_fallback(chosen, "torch", error.reasons)
         return original()
-    place.count(repr(chosen), impl)
+    place.count(chosen, impl)
     return out
 
 
@@ -142,7 +142,8 @@ def _attend(mechanism: Mechanism, place: Place, given: dict[str, Any]) -> tuple[
             f"attention dropout of {given['dropout_p']} is no part of a mechanism; call "
             "model.eval(), or set the module's dropout to 0"
         )
-    query, key, value, mask = (given.get(name) for name in _ORDER[:4])
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    mask: Tensor | None = given.get("attn_mask")
     if query.is_nested:
         raise UnsupportedCallError("nested tensors have no shape that a mechanism could read")
     if mask is not None and given.get("is_causal"):

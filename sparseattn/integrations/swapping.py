@@ -112,7 +112,7 @@ class Swap:
         return [
             ModuleRecord(
                 module=name,
-                mechanism=place.mechanism or repr(self.chosen(name)),
+                mechanism=str(place.mechanism or self.chosen(name)),
                 impl=place.impl,
                 calls=place.calls,
                 fallback=place.fallbacks,

@@ -250,7 +250,7 @@ def attend(
         chosen = place.swap.chosen(place.name)
     exact = chosen.nature == "exact" and layer is None and place.swap.impl in ("auto", "torch")
     if exact and request.is_sdpa_small() and not request.refused_words():
-        place.count(repr(chosen), "torch")
+        place.count(chosen, "torch")
         return request.original()
     try:
         out, impl = _serve(request, chosen, place, layer)
@@ -264,9 +264,9 @@ def attend(
             raise UnsupportedCallError(
                 f"module {place.name!r}: {error}. {way_out}", error.reasons
             ) from error
-        place.count_fallback(repr(chosen), request.original_name, error.reasons)
+        place.count_fallback(chosen, request.original_name, error.reasons)
         return request.original()
-    place.count(repr(chosen), impl)
+    place.count(chosen, impl)
     return out.transpose(1, 2).contiguous(), None
 
 
