@@ -24,7 +24,7 @@ $(VENV)/hamlet.txt: $(BIN)/.installed
 demo-model: $(VENV)/hamlet.txt
 	$(BIN)/sparseattn evaluate smollm2 full "windowed(window=64)" "windowed(window=60, sinks=4)" \
 	  "windowed(window=252, sinks=4)" bigbird "topk_blocks(top=4)" "oracle_topk(keys=32)" linear \
-	  --text $(VENV)/hamlet.txt
+	  --text $(VENV)/hamlet.txt --runs 2
 
 # Two processes of one thread: threads of both that wait for each other cost minutes.
 test: $(BIN)/.installed
