@@ -14,6 +14,7 @@ from sdpa_modules import SPEC, Calls, CallsEarlyBound, band, close, draw, layers
 from tiny_models import ARCHITECTURES
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as early_bound
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import sparseattn as sa
 from sparseattn.testing import budgets
@@ -178,3 +179,42 @@ def test_autocast_reaches_the_mechanism() -> None:
     with torch.no_grad():
         ref = layers("encoder layer").double()(x.double(), ~band(20, 20, 0))
     assert budgets.distance(found, ref) <= budgets.rule(dense, ref, torch.bfloat16)
+
+
+class ChecksItself(nn.Module):
+    """Checkpoints a function of its own, which no hook sees repeated."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def attend(self, x: Tensor) -> Tensor:
+        x = x * 2
+        return F.scaled_dot_product_attention(x, x, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.attend, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_function_never_gives_the_gradients_of_another_mechanism(
+    reentrant: bool,
+) -> None:
+    x = draw(1, 2, 20, 8).requires_grad_()
+    with sa.swap(model := ChecksItself(reentrant), SPEC):
+        with torch.no_grad():
+            model(x.detach())
+        with pytest.raises((sa.SwapError, CheckpointError)):
+            model(x).sum().backward()
+
+
+def test_a_forward_that_wants_no_gradients_is_served() -> None:
+    class Frozen(Calls):
+        @torch.no_grad()
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super().forward(*args, **kwargs)
+
+    q = draw(1, 2, 20, 8).requires_grad_()
+    with sa.swap(model := Frozen(), SPEC) as swapped:
+        model(q, q, q)
+    assert swapped.report[0].calls == 1

@@ -7,18 +7,20 @@ so it runs as a copy whose attention is ours. Nothing that other models use is r
 
 from __future__ import annotations
 
+import sys
 import threading
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from .. import functional
 from ..base import Mechanism
-from ..errors import InvalidInputError, UnsupportedCallError
+from ..errors import InvalidInputError, SwapError, UnsupportedCallError
 from . import dense_mask, places
 from .places import Place
 
@@ -40,11 +42,17 @@ def is_plain(module: nn.Module) -> bool:
     return torchs and not may_reach(module)
 
 
+class _Frame(NamedTuple):
+    module: nn.Module
+    crosses: bool
+    grad: bool  # whether gradients were wanted where it began
+
+
 class _Frames(threading.local):
     """The swapped modules whose forward runs in this thread, the innermost last."""
 
     def __init__(self) -> None:
-        self.modules: list[tuple[nn.Module, bool]] = []
+        self.modules: list[_Frame] = []
         self.modes: list[_Catch] = []
 
 
@@ -69,13 +77,14 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         mode = _Catch()
         mode.__enter__()
         _frames.modes.append(mode)
-    _frames.modules.append((module, places.crosses(module, args, kwargs)))
+    crosses = places.crosses(module, args, kwargs)
+    _frames.modules.append(_Frame(module, crosses, torch.is_grad_enabled()))
 
 
 @torch.compiler.disable
 def _leave(module: nn.Module, *_: Any) -> None:
     for at in range(len(_frames.modules) - 1, -1, -1):
-        if _frames.modules[at][0] is module:
+        if _frames.modules[at].module is module:
             del _frames.modules[at:]
             break
     if not _frames.modules and _frames.modes:
@@ -108,11 +117,11 @@ def _serve(*args: Any, **kwargs: Any) -> Tensor:
 
     if places.is_inside() or not _frames.modules:
         return original()
-    module, cross = _frames.modules[-1]
-    place = places.ruling(module)
+    frame = _frames.modules[-1]
+    place = places.ruling(frame.module)
     if place is None:
         return original()
-    chosen = place.swap.cross if cross else place.swap.chosen(place.name)
+    chosen = place.swap.cross if frame.crosses else place.swap.chosen(place.name)
     if chosen is None:
         place.count_exact("torch")
         return original()
@@ -121,6 +130,11 @@ def _serve(*args: Any, **kwargs: Any) -> Tensor:
     if exact and not given.get("dropout_p"):
         place.count(chosen, "torch")
         return original()
+    if frame.grad and not torch.is_grad_enabled() and _is_checkpointing():
+        raise SwapError(
+            f"module {place.name!r} checkpoints a function of its own (use_reentrant=True): its "
+            "repetition in the backward would find no swap. Checkpoint whole modules instead"
+        )
     try:
         out, impl = _attend(chosen, place, given)
     except UnsupportedCallError as error:
@@ -134,6 +148,16 @@ def _serve(*args: Any, **kwargs: Any) -> Tensor:
         return original()
     place.count(chosen, impl)
     return out
+
+
+def _is_checkpointing() -> bool:
+    """Whether reentrant checkpointing called this, which repeats it without the module's hooks."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _attend(mechanism: Mechanism, place: Place, given: dict[str, Any]) -> tuple[Tensor, str]:
