@@ -218,3 +218,15 @@ def test_a_forward_that_wants_no_gradients_is_served() -> None:
     with sa.swap(model := Frozen(), SPEC) as swapped:
         model(q, q, q)
     assert swapped.report[0].calls == 1
+
+
+def test_three_axes_are_a_batch_whose_padding_a_linear_mechanism_reads() -> None:
+    q = draw(2, 20, 8)
+    seen = (torch.arange(20) < torch.tensor([[20], [13]]))[:, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with sa.swap(model := Calls(), "performer"):
+            found = model(q, q, q, attn_mask=seen)
+    four = q[:, None]
+    wanted = sa.attention(four, four, four, "performer", key_mask=seen[:, 0])[:, 0]
+    assert torch.equal(found, wanted)
