@@ -300,3 +300,12 @@ def test_a_static_cache_compiles() -> None:
             ids, mask = torch.cat([ids, new], 1), torch.cat([mask, mask.new_ones(2, 1)], 1)
             logits = compiled(new, attention_mask=mask, past_key_values=cache).logits
     assert torch.equal(ids, wanted)
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Gemma3", "GPT-OSS"])
+def test_the_models_own_window_fills_while_generating(name: str) -> None:
+    model = ARCHITECTURES[name].make()  # its own window is 12; the prompt is shorter
+    words = {"max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
+    with sa.swap(model, "windowed(window=16, sinks=2)"):
+        found = generated(model, sa.make_cache(model), IDS[:, -5:], **words)
+        assert torch.equal(found, generated(model, None, IDS[:, -5:], use_cache=False, **words))

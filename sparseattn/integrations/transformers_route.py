@@ -288,7 +288,8 @@ def _serve(
             if mask.kind != "causal" or mask.segments is not None:
                 raise UnsupportedCallError("a cache serves causal attention of unpacked rows alone")
             arguments["key_mask"] = mask.padding_of(layer.get_seq_length(), q.shape[2])
-            mechanism = _clip(mechanism, mask, layer.get_seq_length() + q.shape[2])
+            # From the first token on: a cache is one mechanism's, also once the window is full.
+            mechanism = _clip(mechanism, mask, layer.get_seq_length() + q.shape[2], at_once=True)
         with places.inside():
             return layer.attend(mechanism, q, k, v, impl=place.swap.impl, bias=bias, **arguments)
     if isinstance(mask, LazyMask):
@@ -310,10 +311,14 @@ def _serve(
     return out, impl
 
 
-def _clip(mechanism: Mechanism, mask: LazyMask, keys: int) -> Mechanism:
-    if mask.clip is None or mask.clip.spares(keys):
+def _clip(mechanism: Mechanism, mask: LazyMask, keys: int, at_once: bool = False) -> Mechanism:
+    """The mechanism cut to the model's own window; itself where that hides none of the keys."""
+    spared = mask.clip is None or mask.clip.spares(keys)
+    if mask.clip is None or (spared and not at_once):
         return mechanism
     found = clipped(mechanism, mask.clip)
+    if found is None and spared:
+        return mechanism
     if found is None:
         raise UnsupportedCallError(
             f"mechanism {mechanism!r} cannot be cut to {describe(mask.clip)}: only static patterns "
