@@ -131,6 +131,25 @@ def test_what_is_no_model_is_refused_with_the_way_out(tmp_path: Path, llama: Pat
         load(tmp_path / "b.gguf")
 
 
+def test_code_that_comes_with_a_model_is_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mark = saved_models.llama(tmp_path / "model"), tmp_path / "it-ran"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "stranger", "auto_map": {"AutoConfig": "own.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        f"import pathlib\nfrom transformers import PreTrainedConfig\n"
+        f"pathlib.Path({str(mark)!r}).touch()\n"
+        "class Config(PreTrainedConfig):\n    model_type = 'stranger'\n"
+    )
+    # A person who answers every question with yes.
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(InvalidInputError, match="code of its own, which is never run"):
+        models.load(folder, torch.float32, CPU)
+    assert not mark.exists()
+
+
 def test_smollm2_without_its_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
         raise metadata.PackageNotFoundError(name)

@@ -234,9 +234,16 @@ def _require(package: str) -> None:
 def _read(kind: str, folder: Path, label: str, **given: Any) -> Any:
     import transformers
 
+    # Left out, transformers would ask the person whether to run code that lies beside the weights.
+    given |= {"local_files_only": True, "trust_remote_code": False}
     try:
-        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True, **given)
+        return getattr(transformers, kind).from_pretrained(folder, **given)
     except Exception as error:  # a library's, a file's or a stranger's class's
+        if "trust_remote_code" in str(error):
+            raise InvalidInputError(
+                f"model {label!r:.200} needs code of its own, which is never run; expected a model "
+                "whose classes transformers has"
+            ) from error
         raise InvalidInputError(
             f"model {label!r:.200} cannot be loaded: {kind}: {say(error)}"
         ) from error
