@@ -419,6 +419,7 @@ def test_bad_usage_exits_with_two_and_writes_nothing(files, tmp_path):
         [result, "--output", result],
         [result, "--output", str(tmp_path / "x"), "--json", str(tmp_path / "x")],
         [result, "--output", str(tmp_path / "page.html"), "--json", str(tmp_path)],
+        [result, "--output", str(tmp_path / "page.html"), "--json", result],
     ):
         done = run("report", *words)
         assert done.exit_code == 2, (words, done.output)

@@ -27,8 +27,14 @@ def report(files: Files, page: Output = "report.html", json: JsonPath = None) ->
     their reasons, and do not change the exit code.
     """
     output.check_json(json)
-    if json not in (None, output.STDOUT) and Path(str(json)).resolve() == Path(page).resolve():
-        raise InvalidInputError(f"--json and --output both got {page!r:.200}; give each its own")
+    if json is not None and json != output.STDOUT:
+        target = Path(json).resolve()
+        if target == Path(page).resolve():
+            raise InvalidInputError(
+                f"--json and --output both got {page!r:.200}; give each its own"
+            )
+        if target in {Path(file).resolve() for file in files}:
+            raise InvalidInputError(f"--json got {json!r:.200}, which is one of the results")
     from ..harness.reporting.page import report as write
 
     records = write(files, page)
