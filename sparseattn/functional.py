@@ -74,7 +74,7 @@ def _refuse(mechanism: Mechanism, call: AttentionCall) -> None:
         raise UnsupportedCallError.of(f"mechanism {mechanism!r}", reasons)
 
 
-def _autocast(q: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+def autocast(q: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     """Cast to the autocast dtype, as torch's own attention does; float64 is left alone."""
     tensors = (q, *rest)
     if not all(isinstance(t, Tensor) for t in tensors):
@@ -237,7 +237,7 @@ def serve(
     Returns:
         out, lse (or None where it was not asked for), and the implementation's name.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     if cache is None:
         call = AttentionCall.make(q, k, v, bias=bias, **arguments)
     else:
@@ -281,7 +281,7 @@ def attention_weights(
         W `[B, Hq, N, M]` in q's dtype; `W @ v` is the attention. Memory is N x M by nature.
     """
     mech = _resolve(mechanism, options)
-    q, k = _autocast(q, k)
+    q, k = autocast(q, k)
     call = AttentionCall.make(
         q,
         k,
@@ -334,7 +334,7 @@ def explain(
     Nothing is computed. Arguments as in `attention`; a malformed one raises as it would there.
     """
     mech = _resolve(mechanism, options)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     call = AttentionCall.make(
         q,
         k,

@@ -270,6 +270,19 @@ def test_gradients_and_custom_masks_with_a_cache_are_refused() -> None:
                 model(IDS, past_key_values=sa.make_cache(model), attention_mask=dense)
 
 
+def test_autocast_makes_a_cache_of_its_dtype() -> None:
+    model = llama()
+    with sa.swap(model, SPEC), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = model(IDS).logits
+        cache = sa.make_cache(model)
+        parts = [model(part, past_key_values=cache).logits for part in IDS.split(9, 1)]
+        assert {layer.cache.dtype for layer in cache.layers} == {torch.bfloat16}
+    # Rounding of bfloat16 apart, which the model's own layers do in another order too.
+    with torch.no_grad(), sa.swap(model, SPEC):
+        exact = model(IDS).logits
+    assert float((torch.cat(parts, 1) - exact).norm()) <= 2 * float((whole - exact).norm())
+
+
 def test_what_is_no_transformers_model_is_refused() -> None:
     for wrong in (torch.nn.Linear(2, 2), "model", None):
         with pytest.raises(sa.InvalidInputError, match="transformers model"):

@@ -69,6 +69,7 @@ class MechanismLayer:
         self, mechanism: Mechanism, q: Tensor, k: Tensor, v: Tensor, **arguments: Any
     ) -> tuple[Tensor, str]:
         """Attention of the new tokens over all, which are then kept; and the implementation."""
+        q, k, v = functional.autocast(q, k, v)
         cache = self.cache
         if cache is None:
             cache = mechanism.new_cache(
