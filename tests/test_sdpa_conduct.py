@@ -73,6 +73,40 @@ def test_a_failed_call_leaves_nothing_entered() -> None:
     assert F.scaled_dot_product_attention is TORCH_SDPA
 
 
+class Interrupts:
+    """The person's Ctrl-C while torch computes."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_forward_leaves_other_models_alone() -> None:
+    q = draw(1, 2, 20, 8)
+    before = early_bound(q, q, q)
+
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.other = Calls(), Interrupts()
+
+        def forward(self, q: Tensor) -> Tensor:
+            torch.add(q, self.other)  # type: ignore[call-overload]
+            return self.calls(q, q, q)  # type: ignore[no-any-return]
+
+    model = Slow()
+    handle = sa.swap(model, SPEC)
+    with pytest.raises(KeyboardInterrupt):
+        model(q)
+    assert torch.equal(F.scaled_dot_product_attention(q, q, q), before)
+    model.other = 1  # type: ignore[assignment]
+    seen = band(20, 20, 0)
+    close(model(q), lambda q: early_bound(q, q, q, attn_mask=seen), q)
+    assert torch.equal(F.scaled_dot_product_attention(q, q, q), before)
+    assert torch.overrides._get_current_function_mode_stack() == []
+    handle.restore()
+
+
 def test_restoring_inside_a_forward_leaves_nothing_entered() -> None:
     q = draw(1, 2, 20, 8)
     handles: list[Any] = []

@@ -65,14 +65,19 @@ class _Catch(TorchFunctionMode):
             func = _serve
         elif func is _torch_mha:
             func = _multi_head
-        return func(*args, **(kwargs or {}))
+        try:
+            return func(*args, **(kwargs or {}))
+        except (KeyboardInterrupt, SystemExit):
+            # torch calls no hook then. The mode itself cannot leave here; the next forward has it.
+            _frames.modules.clear()
+            raise
 
 
 @torch.compiler.disable
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if places.ruling(module) is None:
         return  # a copy of a swapped module has its hooks, but is in no swap
-    if not _frames.modules:
+    if not _frames.modes:
         # It belongs to a thread, and to a forward: also to one that checkpointing repeats.
         mode = _Catch()
         mode.__enter__()
