@@ -88,7 +88,7 @@ def autocast(q: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _checked(cache: Any) -> Cache:
+def checked_cache(cache: Any) -> Cache:
     if not all(hasattr(cache, word) for word in ("admit", "serves", "attend", "append")):
         raise InvalidInputError(
             f"cache must come from mechanism.new_cache(...), got {describe(cache)}"
@@ -242,7 +242,7 @@ def serve(
         call = AttentionCall.make(q, k, v, bias=bias, **arguments)
     else:
         call = AttentionCall.make(q, k, v, cached=True, **arguments)
-        call = _checked(cache).admit(mech, call, bias)
+        call = checked_cache(cache).admit(mech, call, bias)
     _refuse(mech, call)
     chosen = choose(mech, call, impl, cache)
     with without_autocast(q.device.type):
@@ -354,7 +354,7 @@ def explain(
     refusals: list[str] = []
     if cache is not None:
         try:
-            call = _checked(cache).admit(mech, call, bias)
+            call = checked_cache(cache).admit(mech, call, bias)
         except UnsupportedCallError as error:
             refusals = list(error.reasons)
     refusals += mech.refusals(call)

@@ -15,7 +15,7 @@ from .cache import Cache, starts
 from .call import AttentionCall
 from .clauses import as_int
 from .errors import InvalidInputError, UnsupportedCallError
-from .functional import attention, attention_weights
+from .functional import attention, attention_weights, checked_cache
 from .rotary import rotate
 from .torch_inputs import Inputs, check_causal, check_inputs, read_bias, read_padding
 
@@ -287,6 +287,8 @@ class MultiheadAttention(nn.Module):
                 f"dropout is {self.dropout} while training, and attention here has none; set "
                 "module.dropout = 0.0"
             )
+        if cache is not None:
+            checked_cache(cache)
         if cache is not None and need_weights:
             raise UnsupportedCallError(
                 "need_weights with a cache: it need not hold the keys of a map; pass "
@@ -302,7 +304,8 @@ class MultiheadAttention(nn.Module):
         q, k, v = self._project(inputs)
         if not batched:
             key_padding_mask, q_segments, kv_segments = (
-                x if x is None else x[None] for x in (key_padding_mask, q_segments, kv_segments)
+                x[None] if isinstance(x, Tensor) else x  # what is none is refused below
+                for x in (key_padding_mask, q_segments, kv_segments)
             )
         seen = k.shape[2] + (0 if cache is None else cache.length)
         masks: dict[str, Any] = {
@@ -313,7 +316,7 @@ class MultiheadAttention(nn.Module):
         if self.rotary_base is not None:
             q, k = self._rotated(q, k, v, cache, masks)
         if is_causal and attn_mask is not None:
-            check_causal(attn_mask, q.shape[2], seen, q)
+            check_causal(attn_mask, q, seen)
             attn_mask = None
         masks["bias"] = (
             None if attn_mask is None else read_bias(attn_mask, self._mechanism, q, seen)

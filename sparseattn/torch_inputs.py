@@ -102,9 +102,10 @@ def read_bias(mask: Tensor, mechanism: Mechanism, q: Tensor, m: int) -> Tensor:
     return mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, heads))
 
 
-def check_causal(mask: Tensor, n: int, m: int, like: Tensor) -> None:
+def check_causal(mask: Tensor, q: Tensor, m: int) -> None:
     """is_causal=True says that attn_mask is the causal mask: hold it to that."""
-    _check_mask("attn_mask", mask, ([n, m],), like)
+    batch, heads, n, _ = q.shape
+    _check_mask("attn_mask", mask, ([n, m], [batch * heads, n, m]), q)
     hidden = torch.ones(n, m, dtype=torch.bool, device=mask.device).triu(1 + m - n)
     expected = hidden
     if mask.dtype != torch.bool:

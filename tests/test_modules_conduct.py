@@ -265,6 +265,24 @@ def test_what_a_mechanism_cannot_do_is_refused(spec: str, call: Any, said: str) 
         grouped(mechanism=spec)(X, X, X, **call)
 
 
+@pytest.mark.parametrize("word", ["key_padding_mask", "q_segments", "cache"])
+def test_what_is_no_tensor_is_refused_without_a_batch_too(word: str) -> None:
+    module, x = grouped(), X[0]
+    with pytest.raises(sa.InvalidInputError, match=word):
+        module(x, x, x, need_weights=False, **{word: [0] * N})
+
+
+def test_a_causal_mask_of_every_head_is_the_causal_mask() -> None:
+    module = grouped()
+    mask = CAUSAL[:N, :N].expand(B * H, -1, -1)
+    wanted = module(X, X, X, is_causal=True)[0]
+    assert torch.equal(module(X, X, X, attn_mask=mask, is_causal=True)[0], wanted)
+    mask = mask.clone()
+    mask[-1, 0, 1] = False
+    with pytest.raises(sa.InvalidInputError, match="not the causal mask"):
+        module(X, X, X, attn_mask=mask, is_causal=True)
+
+
 def test_dropout_is_refused_while_training_alone() -> None:
     module = sa.MultiheadAttention(E, H, dropout=0.1, batch_first=True, dtype=torch.float64)
     with pytest.raises(sa.UnsupportedCallError, match=r"module\.dropout = 0\.0"):
