@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import pickle
+import sys
 import threading
 import warnings
 import weakref
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import sparseattn as sa
+from sparseattn.integrations import transformers_route
 
 WINDOW = "windowed(window=8, sinks=0)"
 TORCH_SDPA = F.scaled_dot_product_attention
@@ -308,6 +310,7 @@ def test_layers_choose_by_glob_and_the_last_match_wins(model: Any) -> None:
         (sa.InvalidInputError, "window", {"mechanism": "windowed", "window": 0}),
         (sa.InvalidInputError, "nope", {"mechanism": WINDOW, "layers": {"nope.*": "full"}}),
         (sa.InvalidInputError, "layers", {"mechanism": WINDOW, "layers": "full"}),
+        (sa.InvalidInputError, "the key 3", {"mechanism": WINDOW, "layers": {3: "full"}}),
         (sa.UnknownMechanismError, "ful1", {"mechanism": WINDOW, "layers": {"*": "ful1"}}),
         (sa.UnknownMechanismError, "ful1", {"mechanism": WINDOW, "cross": "ful1"}),
         (sa.InvalidInputError, "on_unsupported", {"mechanism": WINDOW, "on_unsupported": "warn"}),
@@ -355,3 +358,27 @@ def test_a_different_function_warns_once_and_says_so(given: dict[str, Any]) -> N
         after = [str(w.message) for w in seen if "different_function" in str(w.message)]
     handle.restore()
     assert len(said) == 1 and after == said and "linear" in said[0]
+
+
+def test_threads_that_hold_one_module_leave_it_as_it_was(model: Any) -> None:
+    module, failed = model.model.layers[0].self_attn, []
+
+    def work() -> None:
+        try:
+            for _ in range(1000):
+                transformers_route.hold(module, {})
+                transformers_route.release(module)
+        except KeyError as error:
+            failed.append(error)
+
+    before, interval = module.config, sys.getswitchinterval()
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    sys.setswitchinterval(1e-6)  # a race that there is shows
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed and module.config is before

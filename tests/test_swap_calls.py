@@ -89,6 +89,21 @@ def test_dense_masks_of_the_persons_own(kind: str) -> None:
 
 
 @torch.no_grad()
+def test_a_dense_causal_mask_with_padding_after_every_row() -> None:
+    """As a batch padded to a multiple of some length: no row reaches the last key."""
+    seen = torch.arange(40) < torch.tensor([[37], [30]])
+    model = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        swapped = sa.swap(model, "linear")  # which takes no bias
+    with swapped:
+        wanted = model(IDS, attention_mask=seen.long(), use_cache=False).logits
+        dense = (CAUSAL & seen[:, None])[:, None]
+        found = model(IDS, attention_mask=dense, use_cache=False).logits
+    assert torch.equal(found[seen], wanted[seen])
+
+
+@torch.no_grad()
 def test_blocks_that_a_model_or_s_into_its_causal_mask() -> None:
     """As Gemma 3 does for its images: an or_mask_function of its own."""
     block = torch.full((2, 40), -1)

@@ -46,14 +46,14 @@ def _read_shared(allowed: Tensor, n: int, m: int) -> dict[str, Any] | None:
         return {"key_mask": keys}
     if rows != n:
         return None
-    # A causal query stands at the last key that it sees; keys beyond, which no query sees, are the
-    # unwritten room of a static cache.
+    # The last query stands at the last key that it sees, and keys beyond are the unwritten room of
+    # a static cache; or it stands at the last key of all, which is padding in every row.
     last = int((allowed[:, -1] * torch.arange(1, m + 1, device=allowed.device)).max()) - 1
-    offset = last - (n - 1)
-    causal = torch.ones(n, m, dtype=torch.bool, device=allowed.device).tril(offset)
-    if not bool((allowed == (causal & keys[:, None])).all()):
-        return None
-    if offset == m - n and bool(keys.all()):
-        return {"causal": True}
-    # Where the queries stand is said outright: padding on the right moves nobody.
-    return {"causal": True, "key_mask": keys, "q_offset": offset}
+    for offset in dict.fromkeys((last - (n - 1), m - n)):
+        causal = torch.ones(n, m, dtype=torch.bool, device=allowed.device).tril(offset)
+        if bool((allowed == (causal & keys[:, None])).all()):
+            if offset == m - n and bool(keys.all()):
+                return {"causal": True}
+            # Where the queries stand is said outright: padding on the right moves nobody.
+            return {"causal": True, "key_mask": keys, "q_offset": offset}
+    return None

@@ -174,6 +174,11 @@ def _choices(
     names = [name for name, _ in model.named_modules()]
     rank: dict[str, int] = {}
     for at, (glob, _) in enumerate(layers):
+        if not isinstance(glob, str):
+            raise InvalidInputError(
+                f"layers has the key {glob!r:.80}; expected a glob over the names of "
+                "model.named_modules()"
+            )
         matched = [name for name in names if fnmatch.fnmatchcase(name, glob)]
         if not matched:
             near = did_you_mean(glob, names)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,7 @@ _WORDLESS = {
 }
 _KNOWN = {"dropout", "scaling", "softcap", "s_aux", "position_bias"} | _WORDLESS
 _views: dict[type, type] = {}
+_lock = threading.Lock()
 # Of each module: how many swaps hold it, and the configs that its attributes held.
 _held: weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[str, Any]]] = (
     weakref.WeakKeyDictionary()
@@ -101,26 +103,28 @@ def _view(config: Any) -> Any:
 
 def hold(module: nn.Module, views: dict[int, Any]) -> None:
     """Show a module views of its configs; `views` has those made so far, by the config's id."""
-    count, configs = _held.get(module, (0, {}))
-    if not count:
-        configs = _configs(module)
-        for name, config in configs.items():
-            if id(config) not in views:
-                views[id(config)] = _view(config)
-            vars(module)[name] = views[id(config)]
-    _held[module] = (count + 1, configs)
+    with _lock:
+        count, configs = _held.get(module, (0, {}))
+        if not count:
+            configs = _configs(module)
+            for name, config in configs.items():
+                if id(config) not in views:
+                    views[id(config)] = _view(config)
+                vars(module)[name] = views[id(config)]
+        _held[module] = (count + 1, configs)
 
 
 def release(module: nn.Module) -> None:
     """Undo one `hold`."""
-    count, configs = _held.pop(module)
-    if count > 1:
-        _held[module] = (count - 1, configs)
-        return
-    for name, config in configs.items():
-        # A config that the person put there meanwhile stays.
-        if type(vars(module).get(name)) in _views.values():
-            vars(module)[name] = config
+    with _lock:
+        count, configs = _held.pop(module)
+        if count > 1:
+            _held[module] = (count - 1, configs)
+            return
+        for name, config in configs.items():
+            # A config that the person put there meanwhile stays.
+            if type(vars(module).get(name)) in _views.values():
+                vars(module)[name] = config
 
 
 @functools.cache
