@@ -23,7 +23,7 @@ from torch import Tensor
 
 import sparseattn as sa
 from sparseattn.errors import InvalidInputError, SwapError, UnsupportedCallError
-from sparseattn.harness import evaluation, models, recording
+from sparseattn.harness import evaluation, models, reading, recording
 from sparseattn.harness.evaluation import evaluate
 from sparseattn.harness.inputs import source
 from sparseattn.harness.recording import record
@@ -205,7 +205,7 @@ def logits(folder: Path, ids: Tensor, seen: Tensor) -> Tensor:
 def test_perplexity_and_divergence_are_those_of_a_plain_computation(
     llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "_SLAB", 256 * 7)  # pieces of 7 rows, the last one short
+    monkeypatch.setattr(reading, "_SLAB", 256 * 7)  # pieces of 7 rows, the last one short
     specs = ["windowed(window=12, sinks=2)", "mean_of_values"]
     rows = evaluate(llama, specs[:1], text=text, dtype="float64", **MODES)["rows"]
     found = {row["mechanism"]: row for row in rows}
@@ -357,6 +357,8 @@ def test_what_cannot_be_evaluated_is_refused_before_the_model_is_read(
             evaluate(llama, ["full"], **whole)
     with pytest.raises(sa.UnknownMechanismError):
         evaluate(llama, ["nobody"], text=text)
+    with pytest.raises(InvalidInputError, match="on_unsupported got"):
+        evaluate("no-model", ["full"], text=text, on_unsupported="ful")
     with pytest.raises(InvalidInputError, match=r"no causal language model.*BertModel"):
         evaluate(saved_models.bert(home / "bert-head"), ["full"], text=text, context=96)
 

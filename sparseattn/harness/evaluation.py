@@ -8,27 +8,25 @@ the next token's distribution from the original's.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..base import Mechanism
 from ..errors import InvalidInputError, SwapError, UnsupportedCallError
-from ..integrations.swapping import Swap, swap
+from ..integrations.swapping import Swap, check_on_unsupported, swap
 from . import manifest as conditions
-from .measure import isolated, peak_bytes, wait
+from .measure import isolated, peak_bytes
 from .metrics import MeanOfValues, finite_or_none
 from .models import LoadedModel, load, read_text, tokenize, tokens_sha256
+from .reading import Reading, Totals
 from .run import CONTROLS, check_impl, checked_dtype, exact_control, mechanisms, registered
 from .store import SCHEMA, Journal, plain
 
@@ -63,11 +61,8 @@ DEFAULT_SPECS = (
     "linear",
 )
 ORIGINAL = "original"
-# Elements of one float64 slab of log-probabilities, rows x vocabulary.
-_SLAB = 4 * 2**20
 
 Progress = Callable[[int, int, str], None]
-Forward = Callable[[Tensor], Tensor]
 
 
 def evaluate(
@@ -128,6 +123,7 @@ def evaluate(
     for name, value in (("windows", windows), ("runs", runs)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidInputError(f"{name} must be an int of at least 1, got {value!r:.80}")
+    check_on_unsupported(on_unsupported)
     layers = dict(layers or {})
     entries = _entries(specs, layers)
     others = mechanisms(list(layers.values()))
@@ -165,7 +161,7 @@ def evaluate(
             "runs": runs,
         }
     )
-    reading = _Reading(loaded.model, ids, start, end, runs)
+    reading = Reading(loaded.model, ids, start, end, runs)
     put = _Put(loaded.model, layers, impl, on_unsupported)
     with contextlib.ExitStack() as stack:
         book = None
@@ -256,69 +252,7 @@ class _Put:
         )
 
 
-@dataclass
-class _Totals:
-    """Sums over scored positions, in float64."""
-
-    nll: float = 0.0
-    kl: float = 0.0
-    same: int = 0
-    tokens: int = 0
-
-    def add(self, logits: Tensor, original: Tensor, targets: Tensor) -> None:
-        """Take in logits `[S, V]` of this model and of the original, and the tokens `[S]`."""
-        step = max(1, _SLAB // logits.shape[-1])
-        for at in range(0, len(targets), step):
-            piece = slice(at, at + step)
-            mine, theirs = (x[piece].double().log_softmax(-1) for x in (logits, original))
-            self.nll -= float(mine.gather(-1, targets[piece, None]).sum())
-            # A token that the original rules out counts nothing, whatever its logarithm.
-            parts = theirs.exp() * (theirs - mine)
-            self.kl += float(parts.masked_fill(theirs == -math.inf, 0.0).sum())
-            self.same += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
-        self.tokens += len(targets)
-
-
-@dataclass
-class _Reading:
-    """The windows of the text, and one forward of the model on each.
-
-    Attributes:
-        ids: int64 `[windows, context]`.
-        start, end: the scored positions.
-    """
-
-    model: Any
-    ids: Tensor
-    start: int
-    end: int
-    runs: int
-    _words: dict[str, Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        before = torch.arange(self.start - 1, self.end - 1, device=self.ids.device)
-        takes = inspect.signature(self.model.forward).parameters
-        # The logits of the other positions are not needed, and are most of a forward's memory.
-        self._words = {"logits_to_keep": before} if "logits_to_keep" in takes else {}
-
-    def forward(self, window: int) -> Tensor:
-        """Logits `[S, V]` at the positions before the scored tokens."""
-        with torch.inference_mode():
-            found = self.model(
-                input_ids=self.ids[window : window + 1], use_cache=False, **self._words
-            )
-            logits: Tensor = found.logits[0]
-        return logits if self._words else logits[self.start - 1 : self.end - 1]
-
-    def timed(self, window: int) -> tuple[Tensor, float]:
-        wait(self.ids.device)
-        begun = time.perf_counter()
-        logits = self.forward(window)
-        wait(self.ids.device)
-        return logits, time.perf_counter() - begun
-
-
-def _row(entry: _Entry, reading: _Reading, put: _Put) -> dict[str, Any]:
+def _row(entry: _Entry, reading: Reading, put: _Put) -> dict[str, Any]:
     mechanism = entry.mechanism
     row: dict[str, Any] = dict.fromkeys(ROW_FIELDS) | {
         "mechanism": entry.name,
@@ -335,9 +269,8 @@ def _row(entry: _Entry, reading: _Reading, put: _Put) -> dict[str, Any]:
         try:
             _measure(row, entry, reading, put)
             row["status"] = "ok"
-        except (UnsupportedCallError, SwapError) as error:
-            row |= {"status": "unsupported", "reason": str(error)}
-        except InvalidInputError as error:  # it has no implementation of this name
+        # InvalidInputError: it has no implementation of this name.
+        except (UnsupportedCallError, SwapError, InvalidInputError) as error:
             row |= {"status": "unsupported", "reason": str(error)}
     if failures:
         row |= {"status": "failed", "reason": failures[0]}
@@ -355,7 +288,7 @@ def _notes(mechanism: Mechanism | None) -> list[str]:
     return notes
 
 
-def _measure(row: dict[str, Any], entry: _Entry, reading: _Reading, put: _Put) -> None:
+def _measure(row: dict[str, Any], entry: _Entry, reading: Reading, put: _Put) -> None:
     """Fill in a row: warm up, read each window beside the original, then take the memory."""
     windows, context = reading.ids.shape
     with put(entry) as held:
@@ -364,7 +297,7 @@ def _measure(row: dict[str, Any], entry: _Entry, reading: _Reading, put: _Put) -
         if not bool(torch.isfinite(logits).all()):
             raise ArithmeticError("its logits are not finite")
         del logits
-    totals = _Totals()
+    totals = Totals()
     mine: list[float] = []
     theirs: list[float] = []
     for number in range(reading.runs):

@@ -220,6 +220,11 @@ def _check_reachable(
     )
 
 
+def check_on_unsupported(said: str) -> None:
+    if said not in ("raise", "full"):
+        raise InvalidInputError(f'on_unsupported got {said!r:.80}; expected "raise" or "full"')
+
+
 def swap(
     model: nn.Module,
     mechanism: str | Mechanism = "full",
@@ -254,10 +259,7 @@ def swap(
     """
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if on_unsupported not in ("raise", "full"):
-        raise InvalidInputError(
-            f'on_unsupported got {on_unsupported!r:.80}; expected "raise" or "full"'
-        )
+    check_on_unsupported(on_unsupported)
     if layers is not None and not isinstance(layers, Mapping):
         raise InvalidInputError(
             f"layers must be a dict of globs and mechanisms, got {type(layers).__name__}"
