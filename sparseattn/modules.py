@@ -17,7 +17,7 @@ from .clauses import as_int
 from .errors import InvalidInputError, UnsupportedCallError
 from .functional import attention, attention_weights, checked_cache
 from .rotary import rotate
-from .torch_inputs import Inputs, check_causal, check_inputs, read_bias, read_padding
+from .torch_inputs import Inputs, check_causal, check_inputs, read_bias, read_nested, read_padding
 
 
 class MultiheadAttention(nn.Module):
@@ -373,16 +373,12 @@ class MultiheadAttention(nn.Module):
         self, inputs: Any, rest: Any, need_weights: bool, average: bool, is_causal: bool
     ) -> tuple[Tensor, Tensor | None]:
         """nn.TransformerEncoder packs padded rows into a nested tensor before its layers."""
-        query = inputs[0]
-        if any(x is not None for x in rest) or query.layout != torch.strided:
+        if any(x is not None for x in rest):
             raise UnsupportedCallError(
-                "a nested tensor comes alone, of strided layout, without masks, segments or cache: "
-                "pad it and give key_padding_mask"
+                "a nested tensor comes alone, without masks, segments or cache: pad it and give "
+                "key_padding_mask"
             )
-        lengths = [len(row) for row in query.unbind()]
-        padded = torch.nested.to_padded_tensor(query, 0.0)
-        own = torch.tensor(lengths, device=query.device)[:, None]
-        ignored = torch.arange(padded.shape[1], device=query.device) >= own
+        padded, ignored, lengths = read_nested(inputs[0])
         x = padded if self.batch_first else padded.transpose(0, 1)
         out, weights = self.forward(x, x, x, ignored, need_weights, None, average, is_causal)
         out = out if self.batch_first else out.transpose(0, 1)

@@ -60,6 +60,19 @@ def check_inputs(
         )
 
 
+def read_nested(x: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """A nested tensor as `[B, N, E]`, key_padding_mask `[B, N]`, and the length of each row."""
+    if x.layout != torch.strided:
+        raise UnsupportedCallError(
+            f"a nested tensor must be of strided layout, got {x.layout}: pad it and give "
+            "key_padding_mask"
+        )
+    lengths = [len(row) for row in x.unbind()]
+    padded = torch.nested.to_padded_tensor(x, 0.0)
+    own = torch.tensor(lengths, device=x.device)[:, None]
+    return padded, torch.arange(padded.shape[1], device=x.device) >= own, lengths
+
+
 def read_padding(mask: Tensor | None, k: Tensor) -> Tensor | None:
     """`key_padding_mask` `[B, M]` as a key_mask: True where a key may be seen."""
     if mask is None:
