@@ -516,6 +516,17 @@ def test_what_cannot_be_recorded_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_recording_replaces_neither_its_text_nor_its_model(tmp_path: Path) -> None:
+    folder, words = saved_models.llama(tmp_path / "model"), tmp_path / "words.txt"
+    words.write_text(WORDS)
+    weights = folder / "model.safetensors"
+    for target in (words, weights):
+        before = target.read_bytes()
+        with pytest.raises(InvalidInputError, match="would replace"):
+            record(str(folder), words, target, length=20)
+        assert target.read_bytes() == before
+
+
 def test_numbers_that_a_dtype_does_not_hold_are_refused(
     home: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -544,6 +555,26 @@ def test_evaluate_prints_a_table_and_keeps_a_file(llama: Path, text: Path, tmp_p
     assert document["manifest"]["score"] == [40, 90]
     assert {row["time"]["runs"] for row in document["rows"]} == {2}
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_json_never_lands_on_what_a_command_reads(llama: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text(WORDS)
+    mine = str(words)
+    record(str(llama), words, tmp_path / "r", length=20)
+    recorded = (tmp_path / "r").read_bytes()
+    x = str(tmp_path / "x")
+    recording_to_x = ["record", str(llama), "--text", mine, "--output", x]
+    for command in (
+        ["evaluate", str(llama), "full", "--text", mine, "--context", "32", "--json", mine],
+        [*recording_to_x, "--json", mine],
+        [*recording_to_x, "--json", x],
+        ["compare", "full", "--input", str(tmp_path / "r"), "--json", str(tmp_path / "r")],
+    ):
+        done = run(*command)
+        assert done.exit_code == 2 and "--json got" in done.stderr, (command, done.output)
+    assert words.read_text() == WORDS and (tmp_path / "r").read_bytes() == recorded
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

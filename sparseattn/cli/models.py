@@ -116,7 +116,7 @@ def evaluate(
 
     Exits with 1 if a row failed.
     """
-    journal = output.journal_of(json, resume)
+    journal = output.journal_of(json, resume, [model, text])
     span, chosen = _score(score), _layers(layers)
     check_dtype(dtype)
     check_device(device)
@@ -177,7 +177,7 @@ def record(
     json: JsonPath = None,
 ) -> None:
     """Save q, k and v of a model that reads a text, for `compare --input FILE`."""
-    output.check_json(json)
+    output.check_json(json, [model, text, file])
     kept = _numbers(layers)
     from ..harness import recording
 

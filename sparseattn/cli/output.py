@@ -28,11 +28,14 @@ _BAR_AFTER = 2.0  # seconds before a progress bar shows
 _LINE_EVERY = 5.0  # seconds between progress lines where there is no terminal
 
 
-def check_json(path: str | None) -> None:
+def check_json(path: str | None, others: Iterable[str] = ()) -> None:
     """Refuse a place that cannot be written to before any work is done for it.
 
+    Args:
+        others: the files that the command reads, or writes beside.
+
     Raises:
-        InvalidInputError: it is a folder, or lies in none.
+        InvalidInputError: it is a folder, lies in none, or is one of the others.
     """
     if path is None or path == STDOUT:
         return
@@ -41,15 +44,20 @@ def check_json(path: str | None) -> None:
         raise InvalidInputError(f"--json got {path!r}, which is a folder; give the path of a file")
     if not target.absolute().parent.is_dir():
         raise InvalidInputError(f"--json got {path!r}, but there is no folder {target.parent}")
+    if target.resolve() in {Path(other).resolve() for other in others}:
+        raise InvalidInputError(
+            f"--json got {path!r}, which the command also reads or writes as another file; give "
+            "JSON a path of its own"
+        )
 
 
-def journal_of(path: str | None, resume: bool) -> Path | None:
+def journal_of(path: str | None, resume: bool, others: Iterable[str] = ()) -> Path | None:
     """The journal beside `--json PATH`, or None where there is no such file.
 
     Raises:
-        InvalidInputError: it cannot be written, or there is none to go on from.
+        InvalidInputError: it cannot be written (see `check_json`), or there is none to go on from.
     """
-    check_json(path)
+    check_json(path, others)
     if path is not None and path != STDOUT:
         return Path(f"{path}.part")
     if resume:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import InvalidInputError
 from . import output
 from .output import JsonPath, say
 
@@ -26,15 +24,7 @@ def report(files: Files, page: Output = "report.html", json: JsonPath = None) ->
     It measures nothing and loads nothing. Rows that failed when they were measured are shown with
     their reasons, and do not change the exit code.
     """
-    output.check_json(json)
-    if json is not None and json != output.STDOUT:
-        target = Path(json).resolve()
-        if target == Path(page).resolve():
-            raise InvalidInputError(
-                f"--json and --output both got {page!r:.200}; give each its own"
-            )
-        if target in {Path(file).resolve() for file in files}:
-            raise InvalidInputError(f"--json got {json!r:.200}, which is one of the results")
+    output.check_json(json, [page, *files])
     from ..harness.reporting.page import report as write
 
     records = write(files, page)

@@ -105,6 +105,12 @@ def record(
     target = Path(output)
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise InvalidInputError(f"output got {str(target)!r:.200}; expected a file in a folder")
+    own = {Path(text).resolve(), Path(name).resolve()}
+    if own & {target.resolve(), target.resolve().parent}:
+        raise InvalidInputError(
+            f"output got {str(target)!r:.200}, which would replace the text or a file of the "
+            "model; give another path"
+        )
     words = read_text(text)
     loaded = load(name, torch.float32, torch.device("cpu"))
     if loaded.model.config.is_encoder_decoder:
