@@ -76,7 +76,7 @@ def _measure(
     which: str, specs: list[str] | None, json: str | None, resume: bool, **given: Any
 ) -> Any:
     """What the harness's `compare` or `bench` makes of it, journalled beside PATH."""
-    journal = output.journal_of(json, resume, given["inputs"])
+    journal = output.journal_of(json, resume, given.get("inputs", ()))
     check_dtype(given["dtype"])
     check_device(given["device"])
     from ..harness import run
