@@ -13,10 +13,12 @@ import tiny_models
 import torch
 from tiny_models import ARCHITECTURES
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 import sparseattn as sa
+from sparseattn.integrations import transformers_route
 from sparseattn.testing import budgets
 
 WINDOW = 8
@@ -101,6 +103,22 @@ def test_a_dense_causal_mask_with_padding_after_every_row() -> None:
         dense = (CAUSAL & seen[:, None])[:, None]
         found = model(IDS, attention_mask=dense, use_cache=False).logits
     assert torch.equal(found[seen], wanted[seen])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("n", "m"), [(4, 6), (6, 4), (1, 6), (5, 5)])
+def test_without_a_mask_query_0_stands_at_key_0(n: int, m: int) -> None:
+    """As in transformers' own SDPA function, where only a single query sees all."""
+    model = make()
+    module = model.model.layers[0].self_attn
+    source = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, rows, 8, generator=source) for rows in (n, m, m))
+    with sa.swap(model, "full", impl="reference"):
+        found, _ = transformers_route.attend(module, q, k, v, None)
+    wanted = scaled_dot_product_attention(q, k, v, is_causal=n > 1)
+    exact = scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=n > 1)
+    tol = budgets.rule(wanted, exact, torch.float32)
+    assert budgets.distance(found.transpose(1, 2), exact) <= tol
 
 
 @torch.no_grad()

@@ -302,7 +302,7 @@ def _serve(
         said = dense_mask.read(mask, q.shape[0], q.shape[2], k.shape[2], q.dtype)
     elif mask is None and request.is_causal():
         n, m = q.shape[2], k.shape[2]
-        said = {"causal": True} | ({"q_offset": 0} if 1 < n < m else {})
+        said = {"causal": True} | ({"q_offset": 0} if n > 1 and n != m else {})
     else:
         said = {}
     own = said.pop("bias", None)
