@@ -145,11 +145,12 @@ class AttentionCall:
                         f"{given} alone serves queries and keys only when N == M, got N={n}, "
                         f"M={m}; give both q_segments [B, N] and kv_segments [B, M]"
                     )
+            if q_segments is not None:
+                check_segments("q_segments", q_segments, "[B, N]", (batch, n), q.device)
+            if kv_segments is not None:
+                check_segments("kv_segments", kv_segments, "[B, M]", (batch, m), q.device)
             q_segments = kv_segments if q_segments is None else q_segments
             kv_segments = q_segments if kv_segments is None else kv_segments
-            assert q_segments is not None and kv_segments is not None
-            check_segments("q_segments", q_segments, "[B, N]", (batch, n), q.device)
-            check_segments("kv_segments", kv_segments, "[B, M]", (batch, m), q.device)
         if q_offset is not None:
             q_offset = check_q_offset(q_offset, batch, q.device)
         if sink_logits is not None:

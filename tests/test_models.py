@@ -345,6 +345,7 @@ def test_what_cannot_be_evaluated_is_refused_before_the_model_is_read(
         ({"score": (0, 9)}, "START >= 1|1 <= START"),
         ({"score": (9, 97)}, "END <= 96"),
         ({"score": (9, 9)}, "START < END"),
+        ({"score": (9, 20, 30)}, "two positions"),
         ({"context": CONTEXT + 1}, f"{CONTEXT} positions"),
         ({"windows": 99}, "tokens; 99 x 96 are needed"),
         ({"windows": 0}, "windows must be"),

@@ -265,7 +265,7 @@ def test_what_a_mechanism_cannot_do_is_refused(spec: str, call: Any, said: str) 
         grouped(mechanism=spec)(X, X, X, **call)
 
 
-@pytest.mark.parametrize("word", ["key_padding_mask", "q_segments", "cache"])
+@pytest.mark.parametrize("word", ["key_padding_mask", "q_segments", "kv_segments", "cache"])
 def test_what_is_no_tensor_is_refused_without_a_batch_too(word: str) -> None:
     module, x = grouped(), X[0]
     with pytest.raises(sa.InvalidInputError, match=word):

@@ -212,6 +212,8 @@ def _entries(specs: Sequence[str | Mechanism] | None, layers: Mapping[str, str])
 def _score(context: int, score: tuple[int, int] | None) -> tuple[int, int]:
     if isinstance(context, bool) or not isinstance(context, int) or context < 2:
         raise InvalidInputError(f"context must be an int of at least 2, got {context!r:.80}")
+    if score is not None and len(score) != 2:
+        raise InvalidInputError(f"score got {score!r:.80}; expected two positions, START and END")
     start, end = (context // 2, context) if score is None else score
     if not 1 <= start < end <= context:
         raise InvalidInputError(
