@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 import sparseattn as sa
 from sparseattn import hookspecs
 from sparseattn.cli import app
-from sparseattn.testing import default
+from sparseattn.testing import check_mechanism, default
 
 PAGES = doc_pages.pages()
 TEXT = {name: path.read_text() for name, path in PAGES.items()}
@@ -132,6 +133,15 @@ def test_names_and_commands_on_the_page_exist(name: str) -> None:
     assert [word for word in re.findall(r"\bsa\.(\w+)", TEXT[name]) if not hasattr(sa, word)] == []
     said = re.findall(r"`sparseattn ([a-z]+)", doc_pages.prose(TEXT[name]))
     assert set(said) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("options", [{"block": 4}, {"block": 16, "top": 1}])
+def test_the_selecting_example_keeps_the_laws(options: dict[str, int], tmp_path: Path) -> None:
+    [snippet] = [x for x in fences(TEXT["plugins.md"], "python") if "class FirstKeyBlocks" in x]
+    imports = "from dataclasses import dataclass\nimport torch\nimport sparseattn as sa\n"
+    path = tmp_path / "first_key_blocks.py"
+    path.write_text(imports + snippet[: snippet.index("\n\n\n")])
+    check_mechanism(runpy.run_path(str(path))["FirstKeyBlocks"](**options))
 
 
 DRAWINGS = [

@@ -144,7 +144,8 @@ def waiting(place: places.Place, key: Tensor) -> MechanismLayer | None:
 
 
 def make_cache(model: nn.Module) -> Any:
-    """An empty transformers cache for a model, to pass as `past_key_values` to `generate`.
+    """An empty transformers cache for a model, to pass to `generate` as `cache` (before
+    transformers 5.24, as `past_key_values`).
 
     In a swap, each layer keeps what its mechanism needs: the last keys for a window, a state for
     linear attention, all keys for `full`. Out of one it is what transformers itself would make.

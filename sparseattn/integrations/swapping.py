@@ -151,7 +151,8 @@ class Swap:
             if calls
             else "no forward of this model ran in the swap, or it has attention of its own making "
             "that cannot be reached: torch.nn.MultiheadAttention with need_weights=True, direct "
-            "torch.ops.aten calls, or plain matrix products"
+            "torch.ops.aten calls, plain matrix products, or sparseattn.MultiheadAttention, whose "
+            "mechanism is set by assignment"
         )
         raise SwapError(f"{self.mechanism!r} was never called in {self._kind}: {why}", reasons)
 

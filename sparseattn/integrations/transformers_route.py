@@ -353,7 +353,7 @@ def _read_lazy(
     if start and not is_relative(mechanism):
         raise UnsupportedCallError(
             f"mechanism {mechanism!r} goes by absolute positions, and the model's cache has "
-            "dropped the first keys; generate with past_key_values=sparseattn.make_cache(model)"
+            "dropped the first keys; generate with the cache of sparseattn.make_cache(model)"
         )
     said: dict[str, Any] = {"causal": mask.kind == "causal"}
     if mask.segments is not None:
