@@ -33,7 +33,7 @@ from .store import new_row
 # Implementations that compile at their first call, beside those that say so (`compiles = True`).
 _COMPILED = ("native", "triton", "flex")
 # Dense pairs that a density may count; more are sampled by rows.
-_ALIKE = 4  # runs beside one that is judged by few rows
+_ALIKE = 16  # runs beside one that is judged by few rows
 _MOST_PAIRS = 2**31
 
 
