@@ -489,7 +489,7 @@ def test_each_layer_is_written_when_it_is_seen(llama: Path, text: Path, tmp_path
     sizes: list[int] = []
 
     def progress(done: int, total: int, label: str) -> None:
-        (made,) = tmp_path.glob(".recording-*")
+        (made,) = tmp_path.glob(".r.*")
         sizes.append(sum(1 for byte in made.read_bytes() if byte))
 
     record(str(llama), text, tmp_path / "r", length=120, dtype="float32", progress=progress)

@@ -237,11 +237,7 @@ def test_threads_each_see_their_own_model() -> None:
             if not torch.equal(found, wanted[index]):
                 wrong.append(index)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    tiny_models.at_once(work)
     assert not wrong
     assert F.scaled_dot_product_attention is TORCH_SDPA
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -182,3 +183,12 @@ def run(architecture: Architecture, model: nn.Module, pad: str | None = None) ->
     if mask is None or architecture.kind == "encoder-decoder":
         return out
     return out[mask.bool()]
+
+
+def at_once(work: Callable[[int], None], count: int = 3) -> None:
+    """Run `work(i)` in as many threads."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

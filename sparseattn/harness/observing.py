@@ -7,7 +7,6 @@ Models that ask transformers for their attention function find it wrapped; of al
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +64,7 @@ def _observe_transformers(model: Any, see: Callable[[Seen], None]) -> Iterator[N
         def attend(
             module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **words: Any
         ) -> Any:
-            # What "eager" means is in the module's own file.
-            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            eager = places.eager_function(module)
             original: Any = eager if name == "eager" else registered[name]
             if module in own:
                 see(_seen(module, query, key, value, mask, words))
@@ -88,7 +86,6 @@ def _observe_transformers(model: Any, see: Callable[[Seen], None]) -> Iterator[N
 def _seen(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, words: Mapping[str, Any]
 ) -> Seen:
-    scale, causal = words.get("scaling"), words.get("is_causal")
     more = {
         name: "tensor" if isinstance(words[name], Tensor) else str(words[name])
         for name in _MORE_THAN_SOFTMAX
@@ -96,8 +93,8 @@ def _seen(
     }
     return _given(
         (q, k, v),
-        scale,
-        bool(getattr(module, "is_causal", True) if causal is None else causal),
+        words.get("scaling"),
+        places.says_causal(module, words),
         # A window of the model's own is named, and its mask says no more.
         None if "sliding_window" in more else mask,
         more,

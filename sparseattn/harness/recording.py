@@ -14,7 +14,6 @@ import os
 import shlex
 import struct
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -28,6 +27,7 @@ from .inputs import DEFAULT_LENGTH
 from .manifest import sha256
 from .models import LoadedModel, load, read_text, tokenize, tokens_sha256
 from .observing import Seen, observe
+from .store import replacing
 
 MAX_MB = 512
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -251,25 +251,14 @@ class _File:
     def writing(self, facts: Mapping[str, str]) -> Iterator[None]:
         """While it is open, `put` writes; the file gets its name when every piece is there."""
         header = self._header(facts)
-        handle, made = tempfile.mkstemp(dir=self.path.absolute().parent, prefix=".recording-")
-        try:
-            with os.fdopen(handle, "wb") as self._out:
-                self._out.write(header)
-                self._begin, self._missing = len(header), set(self.layers)
-                yield
-                self._out.flush()
-                os.fsync(self._out.fileno())
+        with replacing(self.path) as self._out:
+            self._out.write(header)
+            self._begin, self._missing = len(header), set(self.layers)
+            yield
             if self._missing:
                 raise UnsupportedCallError(
                     f"the model did not call its layers {sorted(self._missing)} on this text"
                 )
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(made, 0o666 & ~mask)  # mkstemp's own is for the owner alone
-            os.replace(made, self.path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(made)
 
     def _header(self, facts: Mapping[str, str]) -> bytes:
         entries: dict[str, Any] = {"__metadata__": dict(sorted(facts.items()))}

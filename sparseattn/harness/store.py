@@ -12,9 +12,9 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import InvalidInputError
 
@@ -100,13 +100,14 @@ def write(path: str | os.PathLike[str], document: Any) -> None:
     write_text(path, text(document))
 
 
-def write_text(path: str | os.PathLike[str], written: str) -> None:
-    """Write a file whole: beside `path`, in UTF-8, synced and then renamed to it."""
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file beside `path` to write to, which is synced and renamed to it once all went well."""
     target = Path(path).absolute()
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(written)
+        with os.fdopen(handle, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         mask = os.umask(0)
@@ -117,6 +118,12 @@ def write_text(path: str | os.PathLike[str], written: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def write_text(path: str | os.PathLike[str], written: str) -> None:
+    """Write a file whole: beside `path`, in UTF-8, synced and then renamed to it."""
+    with replacing(path) as file:
+        file.write(written.encode("utf-8"))
 
 
 class Journal:

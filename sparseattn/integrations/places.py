@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -176,6 +177,18 @@ _known_names: dict[type, frozenset[str]] = {}
 def asks_transformers(module: nn.Module) -> bool:
     """Whether a module's class asks transformers for its attention function."""
     return "ALL_ATTENTION_FUNCTIONS" in code_names(type(module))
+
+
+def eager_function(module: nn.Module) -> Any:
+    """What transformers calls "eager": a function in the module's own file, or None."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def says_causal(module: nn.Module, words: Mapping[str, Any]) -> bool:
+    """Where no mask says it: what a call, or else the module, says of itself, as transformers
+    reads it."""
+    said = words.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if said is None else said)
 
 
 class _Inside(threading.local):

@@ -175,10 +175,9 @@ class Request:
         """What the module would have computed outside of the swap."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        eager: Any = getattr(
-            sys.modules[type(self.module).__module__], "eager_attention_forward", None
+        function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.original_name, places.eager_function(self.module)
         )
-        function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(self.original_name, eager)
         mask = self.mask.dense() if isinstance(self.mask, LazyMask) else self.mask
         with places.inside():
             found: tuple[Tensor, Any] = function(
@@ -223,11 +222,6 @@ class Request:
         if self.words.get("s_aux") is not None:
             found["sink_logits"] = self.words["s_aux"]
         return found
-
-    def is_causal(self) -> bool:
-        """Where no mask says it: what the module says of itself, as transformers reads it."""
-        said = self.words.get("is_causal")
-        return bool(getattr(self.module, "is_causal", True) if said is None else said)
 
     def bias(self) -> Tensor | None:
         found: Tensor | None = self.words.get("position_bias")
@@ -300,7 +294,7 @@ def _serve(
         k, v, mechanism, said = _read_lazy(mask, k, v, mechanism, q)
     elif isinstance(mask, Tensor):
         said = dense_mask.read(mask, q.shape[0], q.shape[2], k.shape[2], q.dtype)
-    elif mask is None and request.is_causal():
+    elif mask is None and places.says_causal(request.module, request.words):
         n, m = q.shape[2], k.shape[2]
         said = {"causal": True} | ({"q_offset": 0} if n > 1 and n != m else {})
     else:
