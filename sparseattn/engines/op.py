@@ -117,7 +117,7 @@ def _rebuild(
 
 def _digits(kernel: str, call: AttentionCall, rows: int, few: int) -> torch.dtype:
     """The dtype to compute a call in: a wider one where `rows` of its batch have few pairs."""
-    if not kernel.endswith(":torch") or rows * call.q_heads * call.n * call.m >= few:
+    if not kernel.endswith((":torch", ":triton")) or rows * call.q_heads * call.n * call.m >= few:
         return call.dtype
     return doubled(call.dtype)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...digits import wide
 from ...layout import BlockCSR
+from .looks import FULL, Looks, look_at
 from .primitive import additive, flash_backward, flash_forward
 
 BLOCK = 64
@@ -28,7 +29,6 @@ _BUFFER_ELEMENTS = 2**19
 # evaluated batch by batch.
 _MOST_TILES, _MOST_PARTIAL = 1024, 2**17
 _PARTIAL_AT_ONCE = 256
-_FULL = -1  # the tile of a block that is visible throughout
 
 
 class Batch(NamedTuple):
@@ -45,63 +45,15 @@ class Batch(NamedTuple):
     mask: Tensor | None
 
 
-class Plan(NamedTuple):
-    """A layout ready to run: entries without those that show nothing, and their masks.
-
-    Attributes:
-        indptr: int64 `[rows + 1]`. cols, tile: int64 `[nnz]`, key blocks and what they look like,
-            the full ones of a row first, then by tile.
-        tiles: bool `[U, BLOCK, BLOCK]`, the distinct masks; None where there are too many.
-    """
-
-    indptr: NDArray[np.int64]
-    cols: NDArray[np.int64]
-    tile: NDArray[np.int64]
-    tiles: Tensor | None
+_plans: WeakKeyDictionary[BlockCSR, Looks] = WeakKeyDictionary()
 
 
-_plans: WeakKeyDictionary[BlockCSR, Plan] = WeakKeyDictionary()
-
-
-def plan(csr: BlockCSR) -> Plan:
-    """The plan of a layout, made once."""
+def plan(csr: BlockCSR) -> Looks:
+    """What a layout looks like, found once."""
     found = _plans.get(csr)
     if found is None:
-        found = _plans[csr] = _make_plan(csr)
+        found = _plans[csr] = look_at(csr, _MOST_PARTIAL, _MOST_TILES)
     return found
-
-
-def _make_plan(csr: BlockCSR) -> Plan:
-    partial = ~csr.full
-    if csr.frame.m % csr.frame.key_block:  # the last block ends in padding, which none may see
-        partial = partial | (csr.indices == csr.shape[1] - 1)
-    where, cols = np.flatnonzero(partial), csr.indices.astype(np.int64)
-    tile = np.where(partial, 0, _FULL)
-    if len(where) > _MOST_PARTIAL:
-        return Plan(csr.indptr, cols, tile, None)
-    rows = csr.row_ids()
-    known: dict[bytes, int] = {}
-    kept: list[Tensor] = []
-    for start in range(0, len(where), _PARTIAL_AT_ONCE):
-        at = where[start : start + _PARTIAL_AT_ONCE]
-        masks = csr.entry_masks(rows[at], cols[at, None])
-        for entry, mask, bits in zip(at, masks, np.packbits(masks.numpy(), axis=-1), strict=True):
-            content = bits.tobytes()
-            if content not in known:
-                if len(kept) == _MOST_TILES:
-                    return Plan(csr.indptr, cols, np.where(partial, 0, _FULL), None)
-                known[content] = len(kept)
-                kept.append(mask)
-            tile[entry] = known[content]
-    tiles = torch.stack(kept) if kept else torch.zeros(0, BLOCK, BLOCK, dtype=torch.bool)
-    some = np.ones(len(tiles) + 1, dtype=bool)  # the last one stands for _FULL
-    some[:-1] = tiles.flatten(1).any(1).numpy()
-    live = some[tile]
-    rows, cols, tile = rows[live], cols[live], tile[live]
-    order = np.lexsort((cols, tile, rows))
-    counts = np.bincount(rows, minlength=csr.shape[0])
-    indptr = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
-    return Plan(indptr, cols[order], tile[order], tiles)
 
 
 def batches(csr: BlockCSR, heads: int, width: int) -> Iterator[Batch]:
@@ -112,20 +64,20 @@ def batches(csr: BlockCSR, heads: int, width: int) -> Iterator[Batch]:
         step = max(1, _BUFFER_ELEMENTS // (heads * count * BLOCK * width))
         rows = np.flatnonzero(counts == count)
         entries = made.indptr[rows][:, None] + np.arange(count)
-        looks, cols = made.tile[entries], made.cols[entries]
+        looks, cols = made.look[entries], made.cols[entries]
         for alike in _groups(looks, step):
             shared = made.tiles is not None and bool((looks[alike] == looks[alike[0]]).all())
             for start in range(0, len(alike), step):
                 part = alike[start : start + step]
                 mask = None
-                if (looks[part] != _FULL).any():
+                if (looks[part] != FULL).any():
                     mask = _mask(csr, made, rows[part], cols[part], looks[part], shared)
                 yield Batch(_evenly(rows[part]), cols[part], mask)
 
 
 def _groups(looks: NDArray[np.int64], step: int) -> list[NDArray[np.int64]]:
     """Rows that look alike together, so that they share a mask; the odd ones at the end."""
-    whole = (looks == _FULL).all(1)
+    whole = (looks == FULL).all(1)
     groups = [np.flatnonzero(whole)] if whole.any() else []
     rest = np.flatnonzero(~whole)
     if not len(rest):
@@ -140,7 +92,7 @@ def _groups(looks: NDArray[np.int64], step: int) -> list[NDArray[np.int64]]:
 
 def _mask(
     csr: BlockCSR,
-    made: Plan,
+    made: Looks,
     rows: NDArray[np.int64],
     cols: NDArray[np.int64],
     looks: NDArray[np.int64],
@@ -149,7 +101,7 @@ def _mask(
     if made.tiles is None:
         return csr.entry_masks(rows, cols)
     looks = looks[:1] if shared else looks
-    # Row U of the table stands for _FULL.
+    # Row U of the table stands for FULL.
     table = torch.cat([made.tiles, torch.ones(1, BLOCK, BLOCK, dtype=torch.bool)])
     picked = table[torch.from_numpy(looks)]  # [T, S, BLOCK, BLOCK]; -1 is the last row
     return picked.transpose(1, 2).flatten(2)
@@ -272,10 +224,10 @@ def seen(csr: BlockCSR) -> tuple[Tensor, Tensor]:
     keys = torch.zeros(csr.shape[1], BLOCK, dtype=torch.bool)
     made = plan(csr)
     rows = np.repeat(np.arange(csr.shape[0]), np.diff(made.indptr))
-    full = made.tile == _FULL
+    full = made.look == FULL
     queries[torch.from_numpy(rows[full])] = True
     keys[torch.from_numpy(made.cols[full])] = True
-    rows, cols, looks = rows[~full], made.cols[~full], made.tile[~full]
+    rows, cols, looks = rows[~full], made.cols[~full], made.look[~full]
     for start in range(0, len(rows), _PARTIAL_AT_ONCE):
         part = slice(start, start + _PARTIAL_AT_ONCE)
         r, c = rows[part], cols[part]

@@ -21,6 +21,7 @@ from ...call import AttentionCall
 from ...digits import all_finite, wide
 from ...layout import BlockCSR, Grid
 from ...runs import Run, cut
+from ..held import Held
 from ..op import KERNELS
 from . import blocks, choices, pieces, slabs, unions
 from .bands import Piece
@@ -28,28 +29,15 @@ from .bands import Piece
 _CSR_CACHE_BYTES = 64 * 2**20
 
 
-class _CSRCache:
-    """Lowered layouts by mechanism and grid, the least recently used dropped beyond 64 MiB."""
-
-    def __init__(self) -> None:
-        self._held: dict[Any, BlockCSR] = {}
-        self._bytes = 0
-
-    def get(self, mechanism: Any, call: AttentionCall, size: int) -> BlockCSR:
-        key = (mechanism, call.n, call.m, int(call.offset), call.causal, size)
-        csr = self._held.pop(key, None)
-        if csr is None:
-            grid = Grid(call.n, call.m, call.causal, int(call.offset))
-            csr = mechanism.clauses(grid).lower(size, size)
-            self._bytes += csr.nbytes
-            while self._bytes > _CSR_CACHE_BYTES and self._held:
-                oldest = self._held.pop(next(iter(self._held), None), None)
-                self._bytes -= oldest.nbytes if oldest is not None else 0
-        self._held[key] = csr
-        return csr
+_csr_held: Held[BlockCSR] = Held(_CSR_CACHE_BYTES)
 
 
-_csr_cache = _CSRCache()
+def _lowered(mechanism: Any, call: AttentionCall) -> BlockCSR:
+    grid = (call.n, call.m, call.causal, int(call.offset))
+    return _csr_held.get(
+        (mechanism, *grid),
+        lambda: mechanism.clauses(Grid(*grid)).lower(blocks.BLOCK, blocks.BLOCK),
+    )
 
 
 @lru_cache(maxsize=512)
@@ -73,7 +61,7 @@ def _path(mechanism: Any, call: AttentionCall) -> tuple[str, Any]:
     plan = _pieces(mechanism, call.n, call.m, call.causal, int(call.offset))
     if plan is not None:
         return "pieces", plan
-    return "blocks", _csr_cache.get(mechanism, call, blocks.BLOCK)
+    return "blocks", _lowered(mechanism, call)
 
 
 def _inert(csr: BlockCSR, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,185 @@
+"""The softmax engine on a GPU: every static pattern, forward and backward, in Triton kernels.
+
+Kernels and their tables stand in `triton/`, which is imported with the first call that they serve.
+Here: what they serve, and how a call becomes launches.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...call import AttentionCall
+from ...digits import wide
+from ...runs import Run, cut
+from ..op import KERNELS
+from ..triton_launch import halves, launch, reasons_against, target
+
+if TYPE_CHECKING:
+    from .triton.config import Tiles
+
+_MOST_WIDTH, _MOST_TOKENS = 256, 2**29
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with its last dimension in one piece, as kernels read it."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _pack(call: AttentionCall) -> int:
+    """Query heads of a group that are rows of one tile: all of them, where tiles divide evenly."""
+    return call.groups if call.groups in (1, 2, 4, 8, 16) else 1
+
+
+class _Launcher:
+    """What the launches of one call share."""
+
+    def __init__(self, mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
+        self.mechanism, self.call = mechanism, call
+        self.q, self.k, self.v = (_rows(x) for x in (q, k, v))
+        self.runs = cut(call)
+        self.batch = 1
+        if len(self.runs) == 1:
+            self.batch = self.runs[0].batch.stop - self.runs[0].batch.start
+        self.holes = any(run.holes is not None for run in self.runs)
+        self.key_mask = self.q if call.key_mask is None else call.key_mask.view(torch.uint8)
+        if not self.holes:
+            self.key_mask = self.q  # a pointer to something
+        elif self.key_mask.stride(-1) != 1:
+            self.key_mask = self.key_mask.contiguous()
+        self.target = target(q.device)
+        self.pack = _pack(call)
+
+    @property
+    def whole(self) -> bool:
+        """Whether one run has every query of the call."""
+        if len(self.runs) != 1:
+            return False
+        run = self.runs[0]
+        return run.n == self.call.n and run.batch == slice(0, self.call.batch)
+
+    def numbers(self) -> tuple[float, ...]:
+        """scale, its rest, cap, its rest, as `logits` takes them."""
+        log2e = 1.4426950408889634
+        call = self.call
+        if call.softcap is None:
+            return (*halves(call.scale * log2e), 1.0, 0.0)
+        return (*halves(call.scale / call.softcap), *halves(call.softcap * log2e))
+
+    def constants(self, tiles: Tiles, band: bool) -> dict[str, Any]:
+        import triton.language as tl
+
+        from .triton import config
+
+        number = {torch.float64: tl.float64}.get(self.q.dtype, tl.float32)
+        kinds = {
+            torch.float64: tl.float64,
+            torch.float32: tl.float32,
+            torch.float16: tl.float16,
+            torch.bfloat16: tl.bfloat16,
+        }
+        # The interpreter's products of bfloat16 are garbage.
+        interpreted = self.target.backend == "interpreter"
+        given = kinds[self.q.dtype]
+        width, value_width = (config.padded(x) for x in (self.call.head_dim, self.call.value_dim))
+        return {
+            "BAND": band,
+            "HOLES": self.holes,
+            "SOFTCAP": self.call.softcap is not None,
+            "PACK": self.pack,
+            "PRECISION": config.precision(self.target, self.q.dtype),
+            "NUMBER": number,
+            "INPUT": tl.float32 if interpreted and given is tl.bfloat16 else given,
+            "ROWS": tiles.rows,
+            "KEYS": tiles.keys,
+            "D": width,
+            "DV": value_width,
+            "EVEN": (width, value_width) == (self.call.head_dim, self.call.value_dim),
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+        }
+
+    def tiles(self, backward: bool) -> Tiles:
+        from .triton import config
+
+        width = max(self.call.head_dim, self.call.value_dim)
+        return config.tiles(self.target, self.q.dtype, width, backward)
+
+    def plan(self, tiles: Tiles, transposed: bool = False) -> Any:
+        from .triton import plan
+
+        queries = tiles.rows // self.pack
+        return plan.make(self.mechanism, self.call, self.runs, queries, tiles.keys, transposed)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        from .triton.forward import forward
+
+        call, q, k, v = self.call, self.q, self.k, self.v
+        shape = (call.batch, call.q_heads, call.n)
+        make = torch.empty if self.whole else torch.zeros
+        out = make((*shape, call.value_dim), dtype=q.dtype, device=q.device)
+        lse = torch.full(shape, -torch.inf, dtype=wide(q.dtype), device=q.device)
+        if not self.runs:
+            return out, lse
+        tiles = self.tiles(backward=False)
+        made = self.plan(tiles)
+        launch(
+            forward,
+            (len(made.tiles), call.q_heads // self.pack, self.batch),
+            *(q, k, v, out, lse, *made[:5], self.key_mask),
+            *(stride for x in (q, k, v, out) for stride in x.stride()[:3]),
+            *(*lse.stride()[:2], self.key_mask.stride(0)),
+            *(*self.numbers(), call.head_dim, call.value_dim, call.groups),
+            **self.constants(tiles, made.band),
+        )
+        return out, lse
+
+
+class TritonKernel:
+    """See the module docstring; registered as `softmax:triton`."""
+
+    def supports(self, mechanism: Any, call: AttentionCall) -> list[str]:
+        reasons = reasons_against(call.device)
+        if reasons:
+            return reasons
+        if call.dtype == torch.float64:
+            reasons.append("float64 is computed by torch")
+        if call.bias is not None:
+            reasons.append("a bias is N x M by nature, and computed by torch")
+        if max(call.head_dim, call.value_dim) > _MOST_WIDTH:
+            widths = f"{call.head_dim} and {call.value_dim}"
+            reasons.append(f"heads may be {_MOST_WIDTH} wide, and these are {widths}")
+        if max(call.n, call.m) >= _MOST_TOKENS:
+            reasons.append(f"it takes fewer than {_MOST_TOKENS} queries and keys")
+        if mechanism.is_dynamic:
+            reasons.append("selections are not here yet")
+        return reasons
+
+    def forward(
+        self, mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> tuple[Tensor, Tensor]:
+        if call.value_dim == 0:
+            # Nothing to weigh, but lse is still defined: lend the values a column of zeros.
+            padded = v.new_zeros(*v.shape[:3], 1)
+            out, lse = self.forward(mechanism, q, k, padded, call.replace(value_dim=1))
+            return out[..., :0], lse
+        return _Launcher(mechanism, q, k, v, call).forward()
+
+    def backward(
+        self,
+        mechanism: Any,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        call: AttentionCall,
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        raise NotImplementedError
+
+
+KERNELS["softmax:triton"] = TritonKernel()

@@ -1,0 +1,84 @@
+"""Tile sizes of each kernel, from a short table: chosen by target, dtype and head width alone.
+
+Never by the length or the batch: a row then has the same bits in any batch, and no new length
+compiles anything. The entries were chosen so that no kernel spills registers on any target and all
+fit its shared memory (tests/test_triton_compile.py holds them to it).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ...triton_launch import Target
+
+MOST_WIDTH = 256  # of a head, for keys and for values
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut: `rows` of queries (grouped heads are rows of their own) by `keys`."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def padded(width: int) -> int:
+    """The width of a tile that holds heads of `width`: a power of two from 16 on."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+_Table = dict[int, Tiles]  # by the padded width of the wider of keys and values
+
+_FORWARD: dict[str, _Table] = {
+    "sm_90": {
+        64: Tiles(128, 64, 4, 3),
+        128: Tiles(128, 64, 8, 3),
+        256: Tiles(128, 64, 8, 2),
+    },
+    "sm_80": {
+        64: Tiles(128, 64, 4, 3),
+        128: Tiles(128, 64, 8, 2),
+        256: Tiles(64, 32, 4, 2),
+    },
+    "gfx": {64: Tiles(128, 64, 4, 1), 128: Tiles(128, 64, 4, 1), 256: Tiles(64, 32, 4, 1)},
+}
+_BACKWARD: dict[str, _Table] = {
+    "sm_90": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 8, 1)},
+    "sm_80": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 1), 256: Tiles(32, 32, 8, 1)},
+    "gfx": {64: Tiles(64, 64, 4, 1), 128: Tiles(64, 32, 4, 1), 256: Tiles(32, 32, 4, 1)},
+}
+# float32 through three tf32 products needs about three times the registers; float64, which serves
+# calls of few pairs alone, twice as many again.
+_SINGLE: _Table = {64: Tiles(64, 32, 8, 2), 128: Tiles(64, 32, 8, 1), 256: Tiles(32, 16, 8, 1)}
+_DOUBLE: _Table = {64: Tiles(32, 16, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 4, 1)}
+_INTERPRETED = Tiles(64, 64, 4, 1)
+
+
+def _family(target: Target) -> str:
+    if target.backend == "hip":
+        return "gfx"
+    return "sm_90" if int(target.arch) >= 90 else "sm_80"
+
+
+def tiles(target: Target, dtype: torch.dtype, width: int, backward: bool = False) -> Tiles:
+    """The tiles of a kernel.
+
+    Args:
+        width: the greater of the head widths of keys and values.
+    """
+    if target.backend == "interpreter":
+        return _INTERPRETED
+    at = max(64, padded(width))
+    if dtype == torch.float64:
+        return _DOUBLE[at]
+    if dtype == torch.float32:
+        return _SINGLE[at]
+    return (_BACKWARD if backward else _FORWARD)[_family(target)][at]
+
+
+def precision(target: Target, dtype: torch.dtype) -> str:
+    """How products of float32 are made: through tensor cores in three parts, or as IEEE has it."""
+    return "tf32x3" if dtype == torch.float32 and target.backend == "cuda" else "ieee"

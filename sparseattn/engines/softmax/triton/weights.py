@@ -1,0 +1,45 @@
+"""What the softmax kernels share: logits in base 2, and which pairs of a tile are visible.
+
+A logit is held in base 2, `log2(e) * softcap(scale * q . k)`, so that its power is one instruction.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tanh(x):
+    """tanh with a small relative error everywhere: a quotient of polynomials (the continued
+    fraction of tanh, cut off) near 0, where the formula by powers would cancel."""
+    square = x * x
+    above = 135135.0 + square * (17325.0 + square * (378.0 + square))
+    below = 135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))
+    power = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - power) / (1.0 + power)
+    return tl.where(tl.abs(x) < 0.6, x * above / below, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def logits(dots, scale, cap, SOFTCAP: tl.constexpr):
+    """From `q . k` to the logit in base 2, and the slope of the softcap (1 without one).
+
+    `scale` holds log2(e) already, or with a softcap 1 / cap instead; `cap` holds log2(e).
+    """
+    s = dots * scale
+    if SOFTCAP:
+        t = tanh(s)
+        return t * cap, 1.0 - t * t
+    return s, 1.0
+
+
+@triton.jit
+def seen_in_tile(masks, look, query, key, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """The bits of a mask tile: int32 `[tiles, QUERIES, KEYS / 32]`, for broadcast places in it."""
+    words: tl.constexpr = (KEYS + 31) // 32
+    word = tl.load(masks + look.to(tl.int64) * (QUERIES * words) + query * words + key // 32)
+    return ((word >> (key % 32)) & 1) != 0
