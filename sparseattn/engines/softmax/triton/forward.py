@@ -11,56 +11,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .weights import LN2, logits, seen_in_tile
+from .weights import LN2, any_of, logits, seen_in_band, seen_in_tile
 
 
 @triton.jit
-def _take_keys(
+def take_keys(
     total,
     top,
     out,
     q,
-    key_at,
-    value_at,
-    key_step,
-    value_step,
-    key,
+    k,
+    v,
     seen,
-    m,
     scale,
     cap,
-    head_dim,
-    value_dim,
     MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     NUMBER: tl.constexpr,
     INPUT: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
-    """Add one block of keys to the running sums of softmax."""
-    d = tl.arange(0, D)
-    e = tl.arange(0, DV)
-    key_rows = key_at + key.to(tl.int64)[:, None] * key_step + d[None, :]
-    value_rows = value_at + key.to(tl.int64)[:, None] * value_step + e[None, :]
-    if EVEN and not MASKED:
-        k = tl.load(key_rows)
-        v = tl.load(value_rows)
-    else:
-        real = (key < m)[:, None]
-        k = tl.load(key_rows, mask=real & (d < head_dim)[None, :], other=0.0)
-        v = tl.load(value_rows, mask=real & (e < value_dim)[None, :], other=0.0)
-    k = k.to(INPUT)
-    v = v.to(INPUT)
+    """Add a block of keys to the running sums of softmax: total `[R]`, top `[R]`, out `[R, DV]`.
+
+    q `[R, D]`, k `[L, D]`, v `[L, DV]`; seen `[R, L]`, if MASKED.
+    """
     dots = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
     s, _ = logits(dots, scale, cap, SOFTCAP)
     if MASKED:
         s = tl.where(seen, s, float("-inf"))
         # What no row of the tile sees may be NaN: a weight of 0 would not silence it.
-        some = tl.max(seen.to(tl.int32), 0) > 0
-        v = tl.where(some[:, None], v, 0.0)
+        v = tl.where(any_of(seen, 0)[:, None], v, 0.0)
     higher = tl.maximum(top, tl.max(s, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)
     powers = tl.exp2(s - base[:, None])
@@ -71,7 +51,15 @@ def _take_keys(
     return total, higher, out
 
 
-@triton.jit(do_not_specialize=["lse_batch", "lse_head", "mask_batch"])
+@triton.jit
+def softmax_of(total, top, out):
+    """The quotient and the natural log normaliser; 0 and -inf for a row that saw nothing."""
+    empty = total == 0
+    some = tl.where(empty, 1.0, total)
+    return out / some[:, None], tl.where(empty, float("-inf"), (top + tl.log2(some)) * LN2)
+
+
+@triton.jit(do_not_specialize=["lse_batch", "lse_head", "mask_batch", "head_dim", "value_dim"])
 def forward(
     Q,
     K,
@@ -121,16 +109,13 @@ def forward(
 ):
     """Program (tile, head block, batch row); tables and shapes as `plan.py` describes them."""
     QUERIES: tl.constexpr = ROWS // PACK
+    STEP: tl.constexpr = KEYS if BAND else 1
     tile = TILES + tl.program_id(0) * 8
     run = RUNS + tl.load(tile) * 8
     first = tl.load(tile + 1) * QUERIES
-    start = tl.load(tile + 2)
-    partial = tl.load(tile + 3)
-    stop = tl.load(tile + 4)
     batch = (tl.load(run) + tl.program_id(2)).to(tl.int64)
-    q_first = tl.load(run + 1)
     n = tl.load(run + 2)
-    k_first = tl.load(run + 3)
+    k_first = tl.load(run + 3).to(tl.int64)
     m = tl.load(run + 4)
     low = tl.load(run + 5)
     high = tl.load(run + 6)
@@ -142,7 +127,7 @@ def forward(
     head = (tl.program_id(1) * PACK + row % PACK).to(tl.int64)
     kv_head = (tl.program_id(1) * PACK // groups).to(tl.int64)
     real = query < n
-    place = (q_first + query).to(tl.int64)
+    place = (tl.load(run + 1) + query).to(tl.int64)
     d = tl.arange(0, D)
     e = tl.arange(0, DV)
     q = tl.load(
@@ -150,8 +135,8 @@ def forward(
         mask=real[:, None] & (d < head_dim)[None, :],
         other=0.0,
     ).to(INPUT)
-    key_at = K + batch * k_batch + kv_head * k_head + k_first.to(tl.int64) * k_row
-    value_at = V + batch * v_batch + kv_head * v_head + k_first.to(tl.int64) * v_row
+    key_at = K + batch * k_batch + kv_head * k_head + k_first * k_row + d[None, :]
+    value_at = V + batch * v_batch + kv_head * v_head + k_first * v_row + e[None, :]
     hole_at = KEY_MASK + batch * mask_batch + k_first
 
     top = tl.full([ROWS], float("-inf"), NUMBER)
@@ -159,72 +144,56 @@ def forward(
     out = tl.zeros([ROWS, DV], NUMBER)
     span = tl.arange(0, KEYS)
 
+    # What is visible throughout stands between `inner` and `outer`.
     if BAND:
         last = tl.minimum(first + QUERIES, n) - 1
         begin = tl.maximum(low + first, 0) // KEYS * KEYS
         end = tl.minimum(high + last + 1, m)
         inner = tl.maximum((tl.maximum(low + last, 0) + KEYS - 1) // KEYS * KEYS, begin)
         outer = tl.maximum(tl.maximum(tl.minimum(high + first + 1, m), 0) // KEYS * KEYS, inner)
-        if HOLES:
-            outer = inner
-        for at in range(begin, tl.minimum(inner, end), KEYS):
-            key = at + span
-            seen = (key[None, :] >= low + query[:, None]) & (key[None, :] <= high + query[:, None])
-            seen = seen & (key < m)[None, :] & real[:, None]
-            if HOLES:
-                seen = seen & (tl.load(hole_at + key, mask=key < m, other=0) != 0)[None, :]
-            total, top, out = _take_keys(
-                total, top, out, q, key_at, value_at, k_row, v_row, key, seen, m, scale, cap,
-                head_dim, value_dim, True, SOFTCAP, PRECISION, NUMBER, INPUT, D, DV, EVEN,
-            )  # fmt: skip
-        if not HOLES:
-            for at in range(inner, outer, KEYS):
-                total, top, out = _take_keys(
-                    total, top, out, q, key_at, value_at, k_row, v_row, at + span, True, m, scale,
-                    cap, head_dim, value_dim, False, SOFTCAP, PRECISION, NUMBER, INPUT, D, DV, EVEN,
-                )  # fmt: skip
-        for at in range(outer, end, KEYS):
-            key = at + span
-            seen = (key[None, :] >= low + query[:, None]) & (key[None, :] <= high + query[:, None])
-            seen = seen & (key < m)[None, :] & real[:, None]
-            if HOLES:
-                seen = seen & (tl.load(hole_at + key, mask=key < m, other=0) != 0)[None, :]
-            total, top, out = _take_keys(
-                total, top, out, q, key_at, value_at, k_row, v_row, key, seen, m, scale, cap,
-                head_dim, value_dim, True, SOFTCAP, PRECISION, NUMBER, INPUT, D, DV, EVEN,
-            )  # fmt: skip
     else:
-        for entry in range(start, partial):
-            key = tl.load(COLS + entry) * KEYS + span
-            if HOLES:
-                seen = (tl.load(hole_at + key) != 0)[None, :] & real[:, None]
-                total, top, out = _take_keys(
-                    total, top, out, q, key_at, value_at, k_row, v_row, key, seen, m, scale, cap,
-                    head_dim, value_dim, True, SOFTCAP, PRECISION, NUMBER, INPUT, D, DV, EVEN,
-                )  # fmt: skip
+        begin = tl.load(tile + 2)
+        end = tl.load(tile + 4)
+        inner = begin
+        outer = tl.load(tile + 3)
+    for PHASE in tl.static_range(0 if BAND else 1, 3):
+        MASKED: tl.constexpr = PHASE != 1 or HOLES
+        PARTIAL: tl.constexpr = PHASE != 1
+        if PHASE == 0:
+            start, stop = begin, tl.minimum(inner, end)
+        elif PHASE == 1:
+            start, stop = inner, outer
+        else:
+            start, stop = outer, end
+        for at in range(start, stop, STEP):
+            key = span + (at if BAND else tl.load(COLS + at) * KEYS)
+            offset = key.to(tl.int64)[:, None]
+            if EVEN and not PARTIAL:
+                k = tl.load(key_at + offset * k_row)
+                v = tl.load(value_at + offset * v_row)
             else:
-                total, top, out = _take_keys(
-                    total, top, out, q, key_at, value_at, k_row, v_row, key, True, m, scale, cap,
-                    head_dim, value_dim, False, SOFTCAP, PRECISION, NUMBER, INPUT, D, DV, EVEN,
-                )  # fmt: skip
-        for entry in range(partial, stop):
-            key = tl.load(COLS + entry) * KEYS + span
-            seen = seen_in_tile(
-                MASKS, tl.load(LOOKS + entry), (row // PACK)[:, None], span[None, :], QUERIES, KEYS
-            )
+                inside = (key < m)[:, None]
+                k = tl.load(key_at + offset * k_row, inside & (d < head_dim)[None, :], 0.0)
+                v = tl.load(value_at + offset * v_row, inside & (e < value_dim)[None, :], 0.0)
+            seen = real[:, None]
+            if PARTIAL:
+                if BAND:
+                    seen = seen_in_band(low, high, query[:, None], key[None, :], n, m)
+                else:
+                    look = tl.load(LOOKS + at)
+                    place_in = (row // PACK)[:, None]
+                    seen = seen_in_tile(MASKS, look, place_in, span[None, :], QUERIES, KEYS)
             if HOLES:
                 seen = seen & (tl.load(hole_at + key, mask=key < m, other=0) != 0)[None, :]
-            total, top, out = _take_keys(
-                total, top, out, q, key_at, value_at, k_row, v_row, key, seen, m, scale, cap,
-                head_dim, value_dim, True, SOFTCAP, PRECISION, NUMBER, INPUT, D, DV, EVEN,
-            )  # fmt: skip
+            total, top, out = take_keys(
+                *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, cap),
+                *(MASKED, SOFTCAP, PRECISION, NUMBER, INPUT),
+            )
 
-    empty = total == 0
-    out = out / tl.where(empty, 1.0, total)[:, None]
+    out, lse = softmax_of(total, top, out)
     tl.store(
         OUT + batch * out_batch + (head * out_head + place * out_row)[:, None] + e[None, :],
         out.to(OUT.dtype.element_ty),
         mask=real[:, None] & (e < value_dim)[None, :],
     )
-    lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN2)
     tl.store(LSE + batch * lse_batch + head * lse_head + place, lse, mask=real)

@@ -38,8 +38,20 @@ def logits(dots, scale, cap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def seen_in_tile(masks, look, query, key, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """The bits of a mask tile: int32 `[tiles, QUERIES, KEYS / 32]`, for broadcast places in it."""
-    words: tl.constexpr = (KEYS + 31) // 32
-    word = tl.load(masks + look.to(tl.int64) * (QUERIES * words) + query * words + key // 32)
-    return ((word >> (key % 32)) & 1) != 0
+def seen_in_band(low, high, query, key, n, m):
+    """The visible pairs of a band, for broadcast indices in a run of n queries and m keys."""
+    return (key >= low + query) & (key <= high + query) & (query < n) & (key < m)
+
+
+@triton.jit
+def seen_in_tile(masks, look, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The bits of a mask tile, int32 `[tiles, ROWS, COLUMNS / 32]`, for broadcast places in it."""
+    words: tl.constexpr = (COLUMNS + 31) // 32
+    word = tl.load(masks + look.to(tl.int64) * (ROWS * words) + row * words + column // 32)
+    return ((word >> (column % 32)) & 1) != 0
+
+
+@triton.jit
+def any_of(seen, AXIS: tl.constexpr):
+    """Whether anything is seen along an axis."""
+    return tl.max(seen.to(tl.int32), AXIS) > 0
