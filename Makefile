@@ -6,10 +6,22 @@ BIN := $(VENV)/bin
 .DELETE_ON_ERROR:
 .PHONY: demo demo-model test bench lint clean
 
+# The versions of Triton that kernels are tested with: the oldest that serves, and the newest.
+TRITON ?= 3.6.0 $(shell $(PYTHON) -c "import sys; print('3.9.0' if sys.version_info >= (3, 11) else '3.8.0')")
+space := $(subst ,, )
+TRITON_FOLDERS = $(TRITON:%=$(VENV)/triton/%)
+
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,report,transformers]'
+	touch $@
+
+# Beside the environment, not in it: torch's own compiler must not meet a triton of another torch.
+# The interpreter of 3.6 needs numpy before 2.4.
+$(VENV)/triton/%/.installed: | $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) triton==$* \
+	  $(if $(filter 3.6.%,$*),"numpy<2.4")
 	touch $@
 
 demo: $(BIN)/.installed
@@ -27,8 +39,9 @@ demo-model: $(VENV)/hamlet.txt
 	  --text $(VENV)/hamlet.txt --runs 2
 
 # Two processes of one thread: threads of both that wait for each other cost minutes.
-test: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(BIN)/.installed $(TRITON_FOLDERS:%=%/.installed)
+	OMP_NUM_THREADS=1 SPARSEATTN_TRITON=$(subst $(space),:,$(strip $(TRITON_FOLDERS))) \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Not part of the tests: no test asserts a time.
 bench: $(BIN)/.installed
