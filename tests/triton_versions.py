@@ -1,8 +1,8 @@
 """The versions of Triton that tests use, each in processes of its own and never in this one.
 
-They lie in folders beside the environment, one a version (`make test` installs them there), so that
-torch's own compiler meets none of them. `SPARSEATTN_TRITON` names the folders, separated as in
-`PATH`; without it, a triton that the environment has serves, and with neither its tests are skipped.
+They lie in folders beside the environment, one a version (`make test` installs them there), so
+that torch's own compiler meets none of them. `SPARSEATTN_TRITON` names the folders, separated as in
+`PATH`; without it, a triton that the environment has serves; with neither its tests are skipped.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Version(NamedTuple):
 
 def _found(name: str, folder: Path | None) -> str | None:
     """The version of a package in a folder, or in the environment; None where it is not there."""
-    paths = {} if folder is None else {"path": [str(folder)]}
-    found = importlib.metadata.distributions(name=name, **paths)  # type: ignore[arg-type]
+    paths = sys.path if folder is None else [str(folder)]
+    found = importlib.metadata.distributions(name=name, path=paths)
     return next((one.version for one in found), None)
 
 
@@ -130,8 +130,7 @@ def run_python(
         done = subprocess.run(
             [sys.executable, *start, *args],
             env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             timeout=timeout,
         )
