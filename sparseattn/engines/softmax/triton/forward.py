@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .weights import LN2, any_of, logits, seen_in_band, seen_in_tile
+from .weights import LN2, logits, seen_in_band, seen_in_tile
 
 
 @triton.jit
@@ -33,14 +33,13 @@ def take_keys(
 ):
     """Add a block of keys to the running sums of softmax: total `[R]`, top `[R]`, out `[R, DV]`.
 
-    q `[R, D]`, k `[L, D]`, v `[L, DV]`; seen `[R, L]`, if MASKED.
+    q `[R, D]`, k `[L, D]`, v `[L, DV]`; seen `[R, L]`, if MASKED. Values that no row sees must be
+    finite: a weight of 0 would not silence a NaN. They are loaded as 0.
     """
     dots = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
     s, _ = logits(dots, scale, cap, SOFTCAP)
     if MASKED:
         s = tl.where(seen, s, float("-inf"))
-        # What no row of the tile sees may be NaN: a weight of 0 would not silence it.
-        v = tl.where(any_of(seen, 0)[:, None], v, 0.0)
     higher = tl.maximum(top, tl.max(s, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)
     powers = tl.exp2(s - base[:, None])
@@ -157,37 +156,39 @@ def forward(
         inner = begin
         outer = tl.load(tile + 3)
     for PHASE in tl.static_range(0 if BAND else 1, 3):
-        MASKED: tl.constexpr = PHASE != 1 or HOLES
-        PARTIAL: tl.constexpr = PHASE != 1
         if PHASE == 0:
             start, stop = begin, tl.minimum(inner, end)
         elif PHASE == 1:
             start, stop = inner, outer
         else:
             start, stop = outer, end
-        for at in range(start, stop, STEP):
+        for at in tl.range(start, stop, STEP, num_stages=(None if PHASE == 1 else 1)):
             key = span + (at if BAND else tl.load(COLS + at) * KEYS)
+            seen = real[:, None]
+            some = key < m  # seen by any row of the tile
+            if PHASE != 1:
+                if BAND:
+                    seen = seen_in_band(low, high, query[:, None], key[None, :], n, m)
+                    some = (key >= low + first) & (key < end)
+                else:
+                    look = tl.load(LOOKS + at)
+                    within = (row // PACK)[:, None]
+                    seen = seen_in_tile(MASKS, look, within, span[None, :], QUERIES, KEYS)
+                    some = seen_in_tile(MASKS, look, QUERIES, span, QUERIES, KEYS)
+            if HOLES:
+                allowed = tl.load(hole_at + key, mask=key < m, other=0) != 0
+                seen = seen & allowed[None, :]
+                some = some & allowed
             offset = key.to(tl.int64)[:, None]
-            if EVEN and not PARTIAL:
+            if EVEN and PHASE == 1 and not HOLES:
                 k = tl.load(key_at + offset * k_row)
                 v = tl.load(value_at + offset * v_row)
             else:
-                inside = (key < m)[:, None]
-                k = tl.load(key_at + offset * k_row, inside & (d < head_dim)[None, :], 0.0)
-                v = tl.load(value_at + offset * v_row, inside & (e < value_dim)[None, :], 0.0)
-            seen = real[:, None]
-            if PARTIAL:
-                if BAND:
-                    seen = seen_in_band(low, high, query[:, None], key[None, :], n, m)
-                else:
-                    look = tl.load(LOOKS + at)
-                    place_in = (row // PACK)[:, None]
-                    seen = seen_in_tile(MASKS, look, place_in, span[None, :], QUERIES, KEYS)
-            if HOLES:
-                seen = seen & (tl.load(hole_at + key, mask=key < m, other=0) != 0)[None, :]
+                k = tl.load(key_at + offset * k_row, some[:, None] & (d < head_dim)[None, :], 0.0)
+                v = tl.load(value_at + offset * v_row, some[:, None] & (e < value_dim)[None, :], 0.0)
             total, top, out = take_keys(
                 *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, cap),
-                *(MASKED, SOFTCAP, PRECISION, NUMBER, INPUT),
+                *(PHASE != 1 or HOLES, SOFTCAP, PRECISION, NUMBER, INPUT),
             )
 
     out, lse = softmax_of(total, top, out)

@@ -36,7 +36,8 @@ class Plan(NamedTuple):
         tiles: int32 `[T, 8]`: run, block of queries (transposed: of keys), and in a plan of lists
             where its entries start, where the partial ones do, and where they stop.
         cols, looks: int32 `[E]`: the other axis' blocks, and the mask tile of partial ones.
-        masks: int32 `[U, row block, column block / 32]`, bits, the lowest first.
+        masks: int32 `[U, row block + 1, column block / 32]`, bits, the lowest first; the last row of a
+            tile is what any of its rows sees.
         band: whether it is a plan of bands, without lists.
     """
 
@@ -80,7 +81,11 @@ def _band(
 
 
 def pack_bits(masks: Tensor) -> NDArray[np.int32]:
-    """Bool `[U, A, B]` as int32 words `[U, A, B / 32]`, rounded up, the lowest bit first."""
+    """Bool `[U, A, B]` as int32 words `[U, A + 1, B / 32]`, rounded up, the lowest bit first.
+
+    The last row is what any row sees.
+    """
+    masks = torch.cat([masks, masks.any(1, keepdim=True)], dim=1)
     bits = np.packbits(masks.numpy(), axis=-1, bitorder="little")
     short = -bits.shape[-1] % 4
     return np.pad(bits, ((0, 0), (0, 0), (0, short))).view("<i4").astype(np.int32)

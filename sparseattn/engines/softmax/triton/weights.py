@@ -45,9 +45,12 @@ def seen_in_band(low, high, query, key, n, m):
 
 @triton.jit
 def seen_in_tile(masks, look, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The bits of a mask tile, int32 `[tiles, ROWS, COLUMNS / 32]`, for broadcast places in it."""
+    """The bits of a mask tile, int32 `[tiles, ROWS + 1, COLUMNS / 32]`, for broadcast places in it.
+
+    Row ROWS of a tile is what any of its rows sees.
+    """
     words: tl.constexpr = (COLUMNS + 31) // 32
-    word = tl.load(masks + look.to(tl.int64) * (ROWS * words) + row * words + column // 32)
+    word = tl.load(masks + look.to(tl.int64) * ((ROWS + 1) * words) + row * words + column // 32)
     return ((word >> (column % 32)) & 1) != 0
 
 
