@@ -136,6 +136,45 @@ class _Launcher:
         )
         return out, lse
 
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from .triton.backward import grad_keys, grad_queries
+
+        call, q, k, v = self.call, self.q, self.k, self.v
+        grad, out, lse = _rows(grad_out), _rows(out), lse.contiguous()
+        # Queries and keys in no run have no gradient.
+        dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        if not self.runs:
+            return dq, dk, dv
+        delta = torch.empty_like(lse)
+        with_lse = grad_lse is not None
+        grad_lse = lse if grad_lse is None else grad_lse.contiguous()
+        tiles = self.tiles(backward=True)
+        numbers = (*self.numbers(), *halves(call.scale))
+        sizes = (call.head_dim, call.value_dim, call.groups)
+        steps = (*lse.stride()[:2], self.key_mask.stride(0))
+        made = self.plan(tiles)
+        launch(
+            grad_queries,
+            (len(made.tiles), call.q_heads // self.pack, self.batch),
+            *(grad, q, k, v, out, lse, grad_lse, delta, dq, *made[:5], self.key_mask),
+            *(stride for x in (grad, q, k, v, out, dq) for stride in x.stride()[:3]),
+            *(*steps, *numbers, *sizes),
+            LSE_GRAD=with_lse,
+            **self.constants(tiles, made.band),
+        )
+        made = self.plan(tiles, transposed=True)
+        launch(
+            grad_keys,
+            (len(made.tiles), call.kv_heads, self.batch),
+            *(grad, q, k, v, lse, delta, dk, dv, *made[:5], self.key_mask),
+            *(stride for x in (grad, q, k, v, dk, dv) for stride in x.stride()[:3]),
+            *(*steps, *numbers, *sizes),
+            **self.constants(tiles, made.band),
+        )
+        return dq, dk, dv
+
 
 class TritonKernel:
     """See the module docstring; registered as `softmax:triton`."""
@@ -179,7 +218,13 @@ class TritonKernel:
         lse: Tensor,
         call: AttentionCall,
     ) -> tuple[Tensor, Tensor, Tensor, None]:
-        raise NotImplementedError
+        if call.value_dim == 0:
+            grad_out, v, out = (x.new_zeros(*x.shape[:3], 1) for x in (grad_out, v, out))
+            call = call.replace(value_dim=1)
+            dq, dk, dv = _Launcher(mechanism, q, k, v, call).backward(grad_out, grad_lse, out, lse)
+            return dq, dk, dv[..., :0], None
+        launcher = _Launcher(mechanism, q, k, v, call)
+        return *launcher.backward(grad_out, grad_lse, out, lse), None
 
 
 KERNELS["softmax:triton"] = TritonKernel()

@@ -1,0 +1,360 @@
+"""Backward: the gradients of queries by tiles of queries, those of keys and values by tiles of keys.
+
+Two kernels, so that each gradient is summed by one program in one order: no atomics, the same bits
+every time (FlashAttention-2, algorithm 2, cut in two). The first also works out
+`delta = grad . out - grad_lse`, which the second reads. Both make the weights anew, from the total
+lse of their rows: with sink logits, or over part of the keys, the sums come out right. Products whose
+result is transposed are made transposed: Triton before 3.7.1 miscompiles the transpose of a cast
+accumulator.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .weights import LOG2E, logits, seen_in_band, seen_in_tile
+
+
+@triton.jit(do_not_specialize=["lse_batch", "lse_head", "mask_batch", "head_dim", "value_dim"])
+def grad_queries(
+    GRAD,
+    Q,
+    K,
+    V,
+    OUT,
+    LSE,
+    GRAD_LSE,
+    DELTA,
+    DQ,
+    RUNS,
+    TILES,
+    COLS,
+    LOOKS,
+    MASKS,
+    KEY_MASK,
+    grad_batch,
+    grad_head,
+    grad_row,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    out_batch,
+    out_head,
+    out_row,
+    dq_batch,
+    dq_head,
+    dq_row,
+    lse_batch,
+    lse_head,
+    mask_batch,
+    scale,
+    scale_rest,
+    cap,
+    cap_rest,
+    slope,
+    slope_rest,
+    head_dim,
+    value_dim,
+    groups,
+    LSE_GRAD: tl.constexpr,
+    BAND: tl.constexpr,
+    HOLES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PACK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NUMBER: tl.constexpr,
+    INPUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Program (tile, head block, batch row), as in `forward`; writes DQ and DELTA.
+
+    LSE, GRAD_LSE (if LSE_GRAD) and DELTA share their strides; `slope` is the scale itself.
+    """
+    QUERIES: tl.constexpr = ROWS // PACK
+    STEP: tl.constexpr = KEYS if BAND else 1
+    tile = TILES + tl.program_id(0) * 8
+    run = RUNS + tl.load(tile) * 8
+    first = tl.load(tile + 1) * QUERIES
+    batch = (tl.load(run) + tl.program_id(2)).to(tl.int64)
+    n = tl.load(run + 2)
+    k_first = tl.load(run + 3).to(tl.int64)
+    m = tl.load(run + 4)
+    low = tl.load(run + 5)
+    high = tl.load(run + 6)
+    scale = tl.cast(scale, NUMBER) + tl.cast(scale_rest, NUMBER)
+    cap = tl.cast(cap, NUMBER) + tl.cast(cap_rest, NUMBER)
+    slope = tl.cast(slope, NUMBER) + tl.cast(slope_rest, NUMBER)
+
+    row = tl.arange(0, ROWS)
+    query = first + row // PACK
+    head = (tl.program_id(1) * PACK + row % PACK).to(tl.int64)
+    kv_head = (tl.program_id(1) * PACK // groups).to(tl.int64)
+    real = query < n
+    place = (tl.load(run + 1) + query).to(tl.int64)
+    d = tl.arange(0, D)
+    e = tl.arange(0, DV)
+    in_d = real[:, None] & (d < head_dim)[None, :]
+    in_e = real[:, None] & (e < value_dim)[None, :]
+    q_at = batch * q_batch + (head * q_head + place * q_row)[:, None] + d[None, :]
+    q = tl.load(Q + q_at, mask=in_d, other=0.0).to(INPUT)
+    grad_at = batch * grad_batch + (head * grad_head + place * grad_row)[:, None] + e[None, :]
+    grad = tl.load(GRAD + grad_at, mask=in_e, other=0.0).to(INPUT)
+    out_at = batch * out_batch + (head * out_head + place * out_row)[:, None] + e[None, :]
+    out = tl.load(OUT + out_at, mask=in_e, other=0.0)
+    lse_at = batch * lse_batch + head * lse_head + place
+    lse = tl.load(LSE + lse_at, mask=real, other=float("inf"))
+    delta = tl.sum(grad.to(NUMBER) * out.to(NUMBER), 1)
+    if LSE_GRAD:
+        delta -= tl.load(GRAD_LSE + lse_at, mask=real, other=0.0).to(NUMBER)
+    tl.store(DELTA + lse_at, delta, mask=real)
+    # A row that saw nothing has no powers.
+    lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
+    key_at = K + batch * k_batch + kv_head * k_head + k_first * k_row + d[None, :]
+    value_at = V + batch * v_batch + kv_head * v_head + k_first * v_row + e[None, :]
+    hole_at = KEY_MASK + batch * mask_batch + k_first
+    dq = tl.zeros([ROWS, D], NUMBER)
+    span = tl.arange(0, KEYS)
+
+    if BAND:
+        last = tl.minimum(first + QUERIES, n) - 1
+        begin = tl.maximum(low + first, 0) // KEYS * KEYS
+        end = tl.minimum(high + last + 1, m)
+        inner = tl.maximum((tl.maximum(low + last, 0) + KEYS - 1) // KEYS * KEYS, begin)
+        outer = tl.maximum(tl.maximum(tl.minimum(high + first + 1, m), 0) // KEYS * KEYS, inner)
+    else:
+        begin = tl.load(tile + 2)
+        end = tl.load(tile + 4)
+        inner = begin
+        outer = tl.load(tile + 3)
+    for PHASE in tl.static_range(0 if BAND else 1, 3):
+        if PHASE == 0:
+            start, stop = begin, tl.minimum(inner, end)
+        elif PHASE == 1:
+            start, stop = inner, outer
+        else:
+            start, stop = outer, end
+        for at in tl.range(start, stop, STEP, num_stages=(None if PHASE == 1 else 1)):
+            key = span + (at if BAND else tl.load(COLS + at) * KEYS)
+            seen = real[:, None]
+            some = key < m  # seen by any row of the tile
+            if PHASE != 1:
+                if BAND:
+                    seen = seen_in_band(low, high, query[:, None], key[None, :], n, m)
+                    some = (key >= low + first) & (key < end)
+                else:
+                    look = tl.load(LOOKS + at)
+                    within = (row // PACK)[:, None]
+                    seen = seen_in_tile(MASKS, look, within, span[None, :], QUERIES, KEYS)
+                    some = seen_in_tile(MASKS, look, QUERIES, span, QUERIES, KEYS)
+            if HOLES:
+                allowed = tl.load(hole_at + key, mask=key < m, other=0) != 0
+                seen = seen & allowed[None, :]
+                some = some & allowed
+            offset = key.to(tl.int64)[:, None]
+            if EVEN and PHASE == 1 and not HOLES:
+                k = tl.load(key_at + offset * k_row)
+                v = tl.load(value_at + offset * v_row)
+            else:
+                k = tl.load(key_at + offset * k_row, some[:, None] & (d < head_dim)[None, :], 0.0)
+                v = tl.load(value_at + offset * v_row, some[:, None] & (e < value_dim)[None, :], 0.0)
+            k = k.to(INPUT)
+            dots = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
+            s, bend = logits(dots, scale, cap, SOFTCAP)
+            d_weights = tl.dot(
+                grad, tl.trans(v.to(INPUT)), input_precision=PRECISION, out_dtype=NUMBER
+            )
+            d_dots = tl.exp2(s - lse[:, None]) * (d_weights - delta[:, None]) * bend
+            if PHASE != 1 or HOLES:
+                d_dots = tl.where(seen, d_dots, 0.0)
+            dq = tl.dot(d_dots.to(INPUT), k, dq, input_precision=PRECISION, out_dtype=NUMBER)
+
+    dq_at = batch * dq_batch + (head * dq_head + place * dq_row)[:, None] + d[None, :]
+    tl.store(DQ + dq_at, (dq * slope).to(DQ.dtype.element_ty), mask=in_d)
+
+
+@triton.jit(do_not_specialize=["lse_batch", "lse_head", "mask_batch", "head_dim", "value_dim"])
+def grad_keys(
+    GRAD,
+    Q,
+    K,
+    V,
+    LSE,
+    DELTA,
+    DK,
+    DV_,
+    RUNS,
+    TILES,
+    COLS,
+    LOOKS,
+    MASKS,
+    KEY_MASK,
+    grad_batch,
+    grad_head,
+    grad_row,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    dk_batch,
+    dk_head,
+    dk_row,
+    dv_batch,
+    dv_head,
+    dv_row,
+    lse_batch,
+    lse_head,
+    mask_batch,
+    scale,
+    scale_rest,
+    cap,
+    cap_rest,
+    slope,
+    slope_rest,
+    head_dim,
+    value_dim,
+    groups,
+    BAND: tl.constexpr,
+    HOLES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PACK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NUMBER: tl.constexpr,
+    INPUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Program (tile of keys, key-value head, batch row) over a transposed plan; writes DK and DV_.
+
+    Every query head of the group is summed here, in order.
+    """
+    QUERIES: tl.constexpr = ROWS // PACK
+    STEP: tl.constexpr = QUERIES if BAND else 1
+    tile = TILES + tl.program_id(0) * 8
+    run = RUNS + tl.load(tile) * 8
+    first = tl.load(tile + 1) * KEYS
+    batch = (tl.load(run) + tl.program_id(2)).to(tl.int64)
+    q_first = tl.load(run + 1)
+    n = tl.load(run + 2)
+    k_first = tl.load(run + 3)
+    m = tl.load(run + 4)
+    low = tl.load(run + 5)
+    high = tl.load(run + 6)
+    scale = tl.cast(scale, NUMBER) + tl.cast(scale_rest, NUMBER)
+    cap = tl.cast(cap, NUMBER) + tl.cast(cap_rest, NUMBER)
+    slope = tl.cast(slope, NUMBER) + tl.cast(slope_rest, NUMBER)
+
+    span = tl.arange(0, KEYS)
+    key = first + span
+    kv_head = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, D)
+    e = tl.arange(0, DV)
+    allowed = key < m
+    if HOLES:
+        hole_at = KEY_MASK + batch * mask_batch + k_first
+        allowed = allowed & (tl.load(hole_at + key, mask=key < m, other=0) != 0)
+    place = (k_first + key).to(tl.int64)
+    in_d = (key < m)[:, None] & (d < head_dim)[None, :]
+    in_e = (key < m)[:, None] & (e < value_dim)[None, :]
+    k_at = batch * k_batch + (kv_head * k_head + place * k_row)[:, None] + d[None, :]
+    k = tl.load(K + k_at, mask=in_d, other=0.0).to(INPUT)
+    v_at = batch * v_batch + (kv_head * v_head + place * v_row)[:, None] + e[None, :]
+    v = tl.load(V + v_at, mask=in_e, other=0.0).to(INPUT)
+    dk = tl.zeros([KEYS, D], NUMBER)
+    dv = tl.zeros([KEYS, DV], NUMBER)
+    row = tl.arange(0, ROWS)
+
+    # The queries that see all of the block stand between `inner` and `outer`.
+    last = tl.minimum(first + KEYS, m) - 1
+    if BAND:
+        begin = tl.maximum(first - high, 0) // QUERIES * QUERIES
+        end = tl.minimum(last - low + 1, n)
+        inner = (tl.maximum(last - high, 0) + QUERIES - 1) // QUERIES * QUERIES
+        inner = tl.maximum(inner, begin)
+        outer = tl.maximum(tl.minimum(first - low + 1, n), 0) // QUERIES * QUERIES
+        outer = tl.maximum(outer, inner)
+    else:
+        begin = tl.load(tile + 2)
+        end = tl.load(tile + 4)
+        inner = begin
+        outer = tl.load(tile + 3)
+    for group in range(0, groups // PACK):
+        head = ((kv_head * (groups // PACK) + group) * PACK + row % PACK).to(tl.int64)
+        q_at = Q + batch * q_batch + (head * q_head)[:, None] + d[None, :]
+        grad_at = GRAD + batch * grad_batch + (head * grad_head)[:, None] + e[None, :]
+        lse_at = batch * lse_batch + head * lse_head
+        for PHASE in tl.static_range(0 if BAND else 1, 3):
+            if PHASE == 0:
+                start, stop = begin, tl.minimum(inner, end)
+            elif PHASE == 1:
+                start, stop = inner, outer
+            else:
+                start, stop = outer, end
+            for at in tl.range(start, stop, STEP, num_stages=(None if PHASE == 1 else 1)):
+                query = row // PACK + (at if BAND else tl.load(COLS + at) * QUERIES)
+                some = query < n  # sees any key of the block
+                seen = allowed[:, None]
+                if PHASE != 1:
+                    if BAND:
+                        seen = seen & seen_in_band(low, high, query[None, :], key[:, None], n, m)
+                        some = (query >= first - high) & (query < end)
+                    else:
+                        look = tl.load(LOOKS + at)
+                        within = row // PACK
+                        bits = seen_in_tile(
+                            MASKS, look, span[:, None], within[None, :], KEYS, QUERIES
+                        )
+                        seen = seen & bits
+                        some = some & seen_in_tile(MASKS, look, KEYS, within, KEYS, QUERIES)
+                place = (q_first + query).to(tl.int64)
+                rows_at = place[:, None]
+                if EVEN and BAND and PHASE == 1:
+                    q = tl.load(q_at + rows_at * q_row)
+                    grad = tl.load(grad_at + rows_at * grad_row)
+                    lse = tl.load(LSE + lse_at + place)
+                    delta = tl.load(DELTA + lse_at + place)
+                else:
+                    in_q = some[:, None] & (d < head_dim)[None, :]
+                    in_grad = some[:, None] & (e < value_dim)[None, :]
+                    q = tl.load(q_at + rows_at * q_row, in_q, 0.0)
+                    grad = tl.load(grad_at + rows_at * grad_row, in_grad, 0.0)
+                    lse = tl.load(LSE + lse_at + place, some, float("inf"))
+                    delta = tl.load(DELTA + lse_at + place, some, 0.0)
+                q = q.to(INPUT)
+                grad = grad.to(INPUT)
+                lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
+                dots = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=NUMBER)
+                s, bend = logits(dots, scale, cap, SOFTCAP)
+                powers = tl.exp2(s - lse[None, :])
+                if PHASE != 1 or HOLES:
+                    powers = tl.where(seen, powers, 0.0)
+                dv = tl.dot(powers.to(INPUT), grad, dv, input_precision=PRECISION, out_dtype=NUMBER)
+                d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION, out_dtype=NUMBER)
+                d_dots = powers * (d_weights - delta[None, :]) * bend
+                if PHASE != 1 or HOLES:
+                    d_dots = tl.where(seen, d_dots, 0.0)
+                dk = tl.dot(d_dots.to(INPUT), q, dk, input_precision=PRECISION, out_dtype=NUMBER)
+
+    place = (k_first + key).to(tl.int64)
+    dk_at = batch * dk_batch + (kv_head * dk_head + place * dk_row)[:, None] + d[None, :]
+    tl.store(DK + dk_at, (dk * slope).to(DK.dtype.element_ty), mask=in_d)
+    dv_at = batch * dv_batch + (kv_head * dv_head + place * dv_row)[:, None] + e[None, :]
+    tl.store(DV_ + dv_at, dv.to(DV_.dtype.element_ty), mask=in_e)
