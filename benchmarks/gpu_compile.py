@@ -191,8 +191,11 @@ def row_of(one: Found) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         kernel = launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.options)
-    except Exception as error:  # what a compiler raises is of any kind; it is told by `problems`
-        return row | {"failed": f"{type(error).__name__}: {str(error)[-400:]}"}
+    except Exception as raised:  # what a compiler raises is of any kind; it is told by `problems`
+        error: BaseException = raised
+        while error.__cause__ is not None:  # the outer ones only say where the cause came up
+            error = error.__cause__
+        return row | {"failed": f"{type(error).__name__}: {str(error)[-400:].strip()}"}
     seconds = time.perf_counter() - start
     registers, spilled, code = (_cuda_facts if target.backend == "cuda" else _hip_facts)(kernel)
     dots, slow = _dots(kernel.asm["ttgir"])
@@ -292,7 +295,7 @@ def main() -> None:
         if wrong:
             print(f"{label(row)}\n    {row['calls'][0]}: {'; '.join(wrong)}", flush=True)
     for name, why in refused.items():
-        print(f"not served: {name}: {why}")
+        print(f"not served: {name}: {why:.120}")
     print(f"{len(rows)} compiled, {bad} with problems, {time.perf_counter() - start:.0f} s")
     if given.json is not None and rows:
         store.write(given.json, merged(given.json, rows, refused))

@@ -30,11 +30,11 @@ def logits(dots, scale, cap, SOFTCAP: tl.constexpr):
 
     `scale` holds log2(e) already, or with a softcap 1 / cap instead; `cap` holds log2(e).
     """
-    s = dots * scale
+    s, slope = dots * scale, 1.0
     if SOFTCAP:
         t = tanh(s)
-        return t * cap, 1.0 - t * t
-    return s, 1.0
+        s, slope = t * cap, 1.0 - t * t
+    return s, slope
 
 
 @triton.jit
