@@ -120,11 +120,14 @@ def grad_queries(
     tl.store(DELTA + lse_at, delta, mask=real)
     # A row that saw nothing has no powers.
     lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
-    key_at = K + batch * k_batch + kv_head * k_head + k_first * k_row + d[None, :]
-    value_at = V + batch * v_batch + kv_head * v_head + k_first * v_row + e[None, :]
+    # Within a tile offsets are 32 bits wide: 64 for every element would spill.
+    span = tl.arange(0, KEYS)
+    key_at = K + batch * k_batch + kv_head * k_head + k_first * k_row
+    value_at = V + batch * v_batch + kv_head * v_head + k_first * v_row
+    k_offset = span[:, None] * k_row + d[None, :]
+    v_offset = span[:, None] * v_row + e[None, :]
     hole_at = KEY_MASK + batch * mask_batch + k_first
     dq = tl.zeros([ROWS, D], NUMBER)
-    span = tl.arange(0, KEYS)
 
     if BAND:
         last = tl.minimum(first + QUERIES, n) - 1
@@ -145,7 +148,8 @@ def grad_queries(
         else:
             start, stop = outer, end
         for at in tl.range(start, stop, STEP, num_stages=(None if PHASE == 1 else 1)):
-            key = span + (at if BAND else tl.load(COLS + at) * KEYS)
+            base = at if BAND else tl.load(COLS + at) * KEYS
+            key = base + span
             seen = real[:, None]
             some = key < m  # seen by any row of the tile
             if PHASE != 1:
@@ -161,13 +165,14 @@ def grad_queries(
                 allowed = tl.load(hole_at + key, mask=key < m, other=0) != 0
                 seen = seen & allowed[None, :]
                 some = some & allowed
-            offset = key.to(tl.int64)[:, None]
+            k_at = key_at + tl.cast(base, tl.int64) * k_row + k_offset
+            v_at = value_at + tl.cast(base, tl.int64) * v_row + v_offset
             if EVEN and PHASE == 1 and not HOLES:
-                k = tl.load(key_at + offset * k_row)
-                v = tl.load(value_at + offset * v_row)
+                k = tl.load(k_at)
+                v = tl.load(v_at)
             else:
-                k = tl.load(key_at + offset * k_row, some[:, None] & (d < head_dim)[None, :], 0.0)
-                v = tl.load(value_at + offset * v_row, some[:, None] & (e < value_dim)[None, :], 0.0)
+                k = tl.load(k_at, some[:, None] & (d < head_dim)[None, :], 0.0)
+                v = tl.load(v_at, some[:, None] & (e < value_dim)[None, :], 0.0)
             k = k.to(INPUT)
             dots = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
             s, bend = logits(dots, scale, cap, SOFTCAP)
@@ -281,6 +286,12 @@ def grad_keys(
     dk = tl.zeros([KEYS, D], NUMBER)
     dv = tl.zeros([KEYS, DV], NUMBER)
     row = tl.arange(0, ROWS)
+    within = row // PACK
+    # Within a tile offsets are 32 bits wide, but for the distance of heads.
+    among = row % PACK if PACK == 1 else (row % PACK).to(tl.int64)
+    q_offset = (among * q_head + within * q_row)[:, None] + d[None, :]
+    grad_offset = (among * grad_head + within * grad_row)[:, None] + e[None, :]
+    lse_offset = among * lse_head + within
 
     # The queries that see all of the block stand between `inner` and `outer`.
     last = tl.minimum(first + KEYS, m) - 1
@@ -297,10 +308,10 @@ def grad_keys(
         inner = begin
         outer = tl.load(tile + 3)
     for group in range(0, groups // PACK):
-        head = ((kv_head * (groups // PACK) + group) * PACK + row % PACK).to(tl.int64)
-        q_at = Q + batch * q_batch + (head * q_head)[:, None] + d[None, :]
-        grad_at = GRAD + batch * grad_batch + (head * grad_head)[:, None] + e[None, :]
-        lse_at = batch * lse_batch + head * lse_head
+        head = (kv_head * (groups // PACK) + group) * PACK
+        q_at = Q + batch * q_batch + head * q_head + q_offset
+        grad_at = GRAD + batch * grad_batch + head * grad_head + grad_offset
+        lse_at = batch * lse_batch + head * lse_head + lse_offset
         for PHASE in tl.static_range(0 if BAND else 1, 3):
             if PHASE == 0:
                 start, stop = begin, tl.minimum(inner, end)
@@ -309,7 +320,8 @@ def grad_keys(
             else:
                 start, stop = outer, end
             for at in tl.range(start, stop, STEP, num_stages=(None if PHASE == 1 else 1)):
-                query = row // PACK + (at if BAND else tl.load(COLS + at) * QUERIES)
+                base = at if BAND else tl.load(COLS + at) * QUERIES
+                query = base + within
                 some = query < n  # sees any key of the block
                 seen = allowed[:, None]
                 if PHASE != 1:
@@ -318,26 +330,25 @@ def grad_keys(
                         some = (query >= first - high) & (query < end)
                     else:
                         look = tl.load(LOOKS + at)
-                        within = row // PACK
                         bits = seen_in_tile(
                             MASKS, look, span[:, None], within[None, :], KEYS, QUERIES
                         )
                         seen = seen & bits
                         some = some & seen_in_tile(MASKS, look, KEYS, within, KEYS, QUERIES)
-                place = (q_first + query).to(tl.int64)
-                rows_at = place[:, None]
+                start_row = tl.cast(q_first + base, tl.int64)
+                q_row_at = q_at + start_row * q_row
+                grad_row_at = grad_at + start_row * grad_row
+                lse_row_at = lse_at + start_row
                 if EVEN and BAND and PHASE == 1:
-                    q = tl.load(q_at + rows_at * q_row)
-                    grad = tl.load(grad_at + rows_at * grad_row)
-                    lse = tl.load(LSE + lse_at + place)
-                    delta = tl.load(DELTA + lse_at + place)
+                    q = tl.load(q_row_at)
+                    grad = tl.load(grad_row_at)
+                    lse = tl.load(LSE + lse_row_at)
+                    delta = tl.load(DELTA + lse_row_at)
                 else:
-                    in_q = some[:, None] & (d < head_dim)[None, :]
-                    in_grad = some[:, None] & (e < value_dim)[None, :]
-                    q = tl.load(q_at + rows_at * q_row, in_q, 0.0)
-                    grad = tl.load(grad_at + rows_at * grad_row, in_grad, 0.0)
-                    lse = tl.load(LSE + lse_at + place, some, float("inf"))
-                    delta = tl.load(DELTA + lse_at + place, some, 0.0)
+                    q = tl.load(q_row_at, some[:, None] & (d < head_dim)[None, :], 0.0)
+                    grad = tl.load(grad_row_at, some[:, None] & (e < value_dim)[None, :], 0.0)
+                    lse = tl.load(LSE + lse_row_at, some, float("inf"))
+                    delta = tl.load(DELTA + lse_row_at, some, 0.0)
                 q = q.to(INPUT)
                 grad = grad.to(INPUT)
                 lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
@@ -353,7 +364,6 @@ def grad_keys(
                     d_dots = tl.where(seen, d_dots, 0.0)
                 dk = tl.dot(d_dots.to(INPUT), q, dk, input_precision=PRECISION, out_dtype=NUMBER)
 
-    place = (k_first + key).to(tl.int64)
     dk_at = batch * dk_batch + (kv_head * dk_head + place * dk_row)[:, None] + d[None, :]
     tl.store(DK + dk_at, (dk * slope).to(DK.dtype.element_ty), mask=in_d)
     dv_at = batch * dv_batch + (kv_head * dv_head + place * dv_row)[:, None] + e[None, :]

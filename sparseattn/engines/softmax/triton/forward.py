@@ -134,14 +134,17 @@ def forward(
         mask=real[:, None] & (d < head_dim)[None, :],
         other=0.0,
     ).to(INPUT)
-    key_at = K + batch * k_batch + kv_head * k_head + k_first * k_row + d[None, :]
-    value_at = V + batch * v_batch + kv_head * v_head + k_first * v_row + e[None, :]
+    # Within a tile offsets are 32 bits wide: 64 for every element would spill.
+    span = tl.arange(0, KEYS)
+    key_at = K + batch * k_batch + kv_head * k_head + k_first * k_row
+    value_at = V + batch * v_batch + kv_head * v_head + k_first * v_row
+    k_offset = span[:, None] * k_row + d[None, :]
+    v_offset = span[:, None] * v_row + e[None, :]
     hole_at = KEY_MASK + batch * mask_batch + k_first
 
     top = tl.full([ROWS], float("-inf"), NUMBER)
     total = tl.zeros([ROWS], NUMBER)
     out = tl.zeros([ROWS, DV], NUMBER)
-    span = tl.arange(0, KEYS)
 
     # What is visible throughout stands between `inner` and `outer`.
     if BAND:
@@ -163,7 +166,8 @@ def forward(
         else:
             start, stop = outer, end
         for at in tl.range(start, stop, STEP, num_stages=(None if PHASE == 1 else 1)):
-            key = span + (at if BAND else tl.load(COLS + at) * KEYS)
+            base = at if BAND else tl.load(COLS + at) * KEYS
+            key = base + span
             seen = real[:, None]
             some = key < m  # seen by any row of the tile
             if PHASE != 1:
@@ -179,13 +183,14 @@ def forward(
                 allowed = tl.load(hole_at + key, mask=key < m, other=0) != 0
                 seen = seen & allowed[None, :]
                 some = some & allowed
-            offset = key.to(tl.int64)[:, None]
+            k_at = key_at + tl.cast(base, tl.int64) * k_row + k_offset
+            v_at = value_at + tl.cast(base, tl.int64) * v_row + v_offset
             if EVEN and PHASE == 1 and not HOLES:
-                k = tl.load(key_at + offset * k_row)
-                v = tl.load(value_at + offset * v_row)
+                k = tl.load(k_at)
+                v = tl.load(v_at)
             else:
-                k = tl.load(key_at + offset * k_row, some[:, None] & (d < head_dim)[None, :], 0.0)
-                v = tl.load(value_at + offset * v_row, some[:, None] & (e < value_dim)[None, :], 0.0)
+                k = tl.load(k_at, some[:, None] & (d < head_dim)[None, :], 0.0)
+                v = tl.load(v_at, some[:, None] & (e < value_dim)[None, :], 0.0)
             total, top, out = take_keys(
                 *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, cap),
                 *(PHASE != 1 or HOLES, SOFTCAP, PRECISION, NUMBER, INPUT),
