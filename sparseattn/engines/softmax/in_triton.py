@@ -1,4 +1,4 @@
-"""The softmax engine on a GPU: every static pattern, forward and backward, in Triton kernels.
+"""The softmax engine on a GPU: every pattern, forward and backward, in Triton kernels.
 
 Kernels and their tables stand in `triton/`, which is imported with the first call that they serve.
 Here: what they serve, and how a call becomes launches.
@@ -16,6 +16,7 @@ from ...digits import wide
 from ...runs import Run, cut
 from ..op import KERNELS
 from ..triton_launch import halves, launch, reasons_against, target
+from . import selected_in_triton
 
 if TYPE_CHECKING:
     from .triton.config import Tiles
@@ -36,7 +37,9 @@ def _pack(call: AttentionCall) -> int:
 class _Launcher:
     """What the launches of one call share."""
 
-    def __init__(self, mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> None:
+    def __init__(
+        self, mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
+    ) -> None:
         self.mechanism, self.call = mechanism, call
         self.q, self.k, self.v = (_rows(x) for x in (q, k, v))
         self.runs = cut(call)
@@ -114,6 +117,8 @@ class _Launcher:
         return plan.make(self.mechanism, self.call, self.runs, queries, tiles.keys, transposed)
 
     def forward(self) -> tuple[Tensor, Tensor]:
+        if self.mechanism.is_dynamic:
+            return selected_in_triton.forward(self)
         from .triton.forward import forward
 
         call, q, k, v = self.call, self.q, self.k, self.v
@@ -139,10 +144,12 @@ class _Launcher:
     def backward(
         self, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        grad, out, lse = _rows(grad_out), _rows(out), lse.contiguous()
+        if self.mechanism.is_dynamic:
+            return selected_in_triton.backward(self, grad, grad_lse, out, lse)
         from .triton.backward import grad_keys, grad_queries
 
         call, q, k, v = self.call, self.q, self.k, self.v
-        grad, out, lse = _rows(grad_out), _rows(out), lse.contiguous()
         # Queries and keys in no run have no gradient.
         dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         if not self.runs:
@@ -192,8 +199,6 @@ class TritonKernel:
             reasons.append(f"heads may be {_MOST_WIDTH} wide, and these are {widths}")
         if max(call.n, call.m) >= _MOST_TOKENS:
             reasons.append(f"it takes fewer than {_MOST_TOKENS} queries and keys")
-        if mechanism.is_dynamic:
-            reasons.append("selections are not here yet")
         return reasons
 
     def forward(

@@ -21,6 +21,7 @@ from ..triton_launch import halves, launch
 if TYPE_CHECKING:
     from .in_triton import _Launcher
     from .triton.config import Tiles
+    from .triton.selected_config import Selected
 
 # Keys in a block from which on a step of a kernel lies within one block, and neighbouring queries
 # share a tile.
@@ -224,6 +225,12 @@ class _Selected:
         self.shared, self.call, self.block = shared, shared.call, shared.mechanism.block
         self.found = places(self.call, shared.runs, self.block)
 
+    def tiles(self) -> Selected:
+        from .triton import selected_config
+
+        width = max(self.call.head_dim, self.call.value_dim)
+        return selected_config.selected(self.shared.target, self.shared.q.dtype, width)
+
     def selection(self, tiles: Tiles) -> Selection:
         pack = _pack(self.call, tiles.rows)
         queries = tiles.rows // pack if self.block >= _WIDE else 1
@@ -236,15 +243,13 @@ class _Selected:
         return {**made, "BLOCK": self.block, **more}
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        from .triton import config
         from .triton.selected import forward_selected
 
         shared, call, q, k, v = self.shared, self.call, self.shared.q, self.shared.k, self.shared.v
         shape = (call.batch, call.q_heads, call.n)
         out = torch.empty(*shape, call.value_dim, dtype=q.dtype, device=q.device)
         lse = torch.empty(shape, dtype=wide(q.dtype), device=q.device)
-        width = max(call.head_dim, call.value_dim)
-        tiles = config.selected(shared.target, q.dtype, width)
+        tiles = self.tiles().forward
         keys, span = _keys(self.block, tiles.keys)
         chosen = self.selection(tiles)
         lists = chosen.lists()
@@ -265,7 +270,6 @@ class _Selected:
     def backward(
         self, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from .triton import config
         from .triton.selected import grad_keys_selected, grad_queries_selected
 
         shared, call, q, k, v = self.shared, self.call, self.shared.q, self.shared.k, self.shared.v
@@ -273,8 +277,7 @@ class _Selected:
         # Keys in no run have no gradient.
         dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         delta = torch.empty_like(lse)
-        width = max(call.head_dim, call.value_dim)
-        tiles = config.selected(shared.target, q.dtype, width, "queries")
+        tiles = self.tiles().grad_queries
         keys, span = _keys(self.block, tiles.keys)
         chosen = self.selection(tiles)
         lists = chosen.lists()
@@ -295,7 +298,7 @@ class _Selected:
         )
         del lists
         members = chosen.members()
-        tiles = config.selected(shared.target, q.dtype, width, "keys")
+        tiles = self.tiles().grad_keys
         size = 16
         while size < min(self.block, tiles.keys):
             size *= 2
@@ -332,7 +335,8 @@ def forward(shared: _Launcher) -> tuple[Tensor, Tensor]:
 def backward(
     shared: _Launcher, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; lse and grad_lse in one piece, other last dimensions too."""
+    """Gradients of q, k and v; lse in one piece, and so the last dimension of the others."""
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     if _nothing(shared):
         dq, dk, dv = (torch.zeros_like(x) for x in (shared.q, shared.k, shared.v))
         return dq, dk, dv

@@ -281,9 +281,7 @@ def grad_queries_selected(
         k = k.to(INPUT)
         dots = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
         s, bend = logits(dots, scale, cap, SOFTCAP)
-        d_weights = tl.dot(
-            grad, tl.trans(v.to(INPUT)), input_precision=PRECISION, out_dtype=NUMBER
-        )
+        d_weights = tl.dot(grad, tl.trans(v.to(INPUT)), input_precision=PRECISION, out_dtype=NUMBER)
         d_dots = tl.exp2(s - lse[:, None]) * (d_weights - delta[:, None]) * bend
         d_dots = tl.where(seen, d_dots, 0.0)
         dq = tl.dot(d_dots.to(INPUT), k, dq, input_precision=PRECISION, out_dtype=NUMBER)
