@@ -9,7 +9,7 @@ from .. import reference
 from ..digits import wide
 from .budgets import Budgets, Verdict, distance, rounding
 from .cases import Case
-from .laws import Broken, Subject, has_lse, hold, law, takes_gradients
+from .laws import Broken, Refused, Subject, has_lse, hold, law, takes_gradients
 
 _PAIR = ((3, 3), (1, 1), (4, 4))
 _UNEQUAL = ((2, 5), (4, 4), (3, 1))
@@ -145,8 +145,10 @@ def each_gradient_stands_alone(subject: Subject, case: Case) -> None:
     takes_gradients,
 )
 def gradcheck(subject: Subject, case: Case) -> None:
-    """Binds what has gradients."""
+    """Binds what has gradients, and serves float64."""
     x = case.inputs()
+    if x.q.dtype != torch.float64:
+        raise Refused("finite differences need float64, which it does not serve")
     leaves = {w: t.requires_grad_() for w, t in x.leaves().items()}
     subject.require(x)
 
