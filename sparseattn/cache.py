@@ -384,8 +384,9 @@ class KeyCache(Cache):
         buffers = self._with(k, v, call.m)
         keys, values = (x[:, :, : call.m] for x in buffers)
         mechanism: Any = self.mechanism
+        kernel = getattr(implementation, "kernel", "")
         if (
-            getattr(implementation, "kernel", "") == "softmax:torch"
+            kernel in ("softmax:torch", "softmax:triton")
             and call.n <= _FEW_ROWS
             and call.n < call.m
             and call.bias is None
@@ -393,7 +394,7 @@ class KeyCache(Cache):
         ):
             known = self.sees_all and call.n == 1 and call.key_mask is None
             result: tuple[Tensor, Tensor | None]
-            result = attend_rows(mechanism, q, keys, values, call, all_seen=known)
+            result = attend_rows(mechanism, q, keys, values, call, known, kernel)
         else:
             result = implementation.run(mechanism, q, keys, values, call)
         self._ready = (call, buffers)

@@ -214,12 +214,12 @@ class RingCache(Cache):
     def serves(self, implementation: Implementation, call: AttentionCall) -> list[str]:
         if self.length == 0:
             return []
-        known = getattr(implementation, "kernel", None) == "softmax:torch"
-        if known or implementation.name == "reference":
+        known = getattr(implementation, "kernel", "")
+        if known in ("softmax:torch", "softmax:triton") or implementation.name == "reference":
             return []
         return [
             "it takes whole calls, and this cache keeps only the keys that later queries may see; "
-            'the engine "torch" and "reference" can use those'
+            'the engine ("torch", "triton") and "reference" can use those'
         ]
 
     def attend(
@@ -286,9 +286,10 @@ class RingCache(Cache):
         )
         if implementation.name == "reference":
             return implementation.run(self.mechanism, q, k, v, call)
-        if bool(own.all()):
+        kernel = implementation.kernel  # type: ignore[attr-defined]  # see `serves`
+        if kernel == "softmax:torch" and bool(own.all()):
             call = call.replace(key_mask=None)
-        return attend_rows(self.mechanism, q, k, v, call)
+        return attend_rows(self.mechanism, q, k, v, call, kernel=kernel)
 
     def _step(
         self,
@@ -308,7 +309,8 @@ class RingCache(Cache):
             mask = None if mask is None else mask[:, :stop]
         whole = first is None and mask is None and implementation.name != "reference"
         if whole and self.bound.exactly and total - used >= self.bound.sinks:
-            return attend_rows(self.mechanism, q, k, v, call, all_seen=True)
+            kernel = implementation.kernel  # type: ignore[attr-defined]
+            return attend_rows(self.mechanism, q, k, v, call, True, kernel)
         slots = torch.arange(used, device=self.device)
         tokens = self.length - (self.length - slots) % held.ring
         at = torch.tensor([self.length], device=self.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .call import AttentionCall
 from .digits import doubled, wide
 from .engines.op import FEW_PAIRS, sinking
+from .engines.softmax import few_in_triton
 from .engines.softmax.primitive import additive, flash_forward, math_forward
 
 # Few pairs get twice the digits, as in the operator, while that copies no more numbers of k.
@@ -28,7 +29,13 @@ def _digits(call: AttentionCall, keys: int) -> torch.dtype:
 
 
 def attend_rows(
-    mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, all_seen: bool = False
+    mechanism: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: AttentionCall,
+    all_seen: bool = False,
+    kernel: str = "softmax:torch",
 ) -> tuple[Tensor, Tensor]:
     """A static pattern over the keys given, with the call's scale, softcap and sink logits.
 
@@ -37,6 +44,8 @@ def attend_rows(
         call: its placement (`fixed_placement` for keys that are not contiguous) and `key_mask` are
             those of the L keys.
         all_seen: every query is known to see every key.
+        kernel: of the implementation asked for: `softmax:triton` serves a step's few rows itself,
+            without a read on the host.
 
     Returns:
         out `[B, Hq, n, Dv]` in q's dtype; lse `[B, Hq, n]`, wide. 0 and -inf where nothing is seen.
@@ -44,14 +53,16 @@ def attend_rows(
     shape, acc = (call.batch, call.q_heads, call.n), wide(call.dtype)
     keys = k.shape[2]
     mask = None if all_seen else mechanism.mask(call)
-    if mask is not None and bool(mask.all()):
+    on_gpu = kernel == "softmax:triton" and 0 < call.n * call.groups <= few_in_triton.MOST_ROWS
+    if mask is not None and not on_gpu and bool(mask.all()):
         mask = None
     if 0 in shape or keys == 0:
         out = q.new_zeros(*shape, call.value_dim)
         lse = q.new_full(shape, -torch.inf, dtype=acc)
     else:
         dtype = _digits(call, keys)
-        out, lse = _masked(q.to(dtype), k.to(dtype), v.to(dtype), mask, call)
+        serve = few_in_triton.attend_masked if on_gpu else _masked
+        out, lse = serve(q.to(dtype), k.to(dtype), v.to(dtype), mask, call)
     if call.sink_logits is not None:
         out, lse = sinking(out, lse, call.sink_logits[None])
     return out.to(q.dtype), lse.to(acc)

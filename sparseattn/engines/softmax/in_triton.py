@@ -16,17 +16,13 @@ from ...digits import wide
 from ...runs import Run, cut
 from ..op import KERNELS
 from ..triton_launch import halves, launch, reasons_against, target
-from . import selected_in_triton
+from . import few_in_triton, selected_in_triton
+from .launches import constants, numbers, rows_of
 
 if TYPE_CHECKING:
     from .triton.config import Tiles
 
 _MOST_WIDTH, _MOST_TOKENS = 256, 2**29
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with its last dimension in one piece, as kernels read it."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _pack(call: AttentionCall) -> int:
@@ -41,7 +37,7 @@ class _Launcher:
         self, mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> None:
         self.mechanism, self.call = mechanism, call
-        self.q, self.k, self.v = (_rows(x) for x in (q, k, v))
+        self.q, self.k, self.v = (rows_of(x) for x in (q, k, v))
         self.runs = cut(call)
         self.batch = 1
         if len(self.runs) == 1:
@@ -64,42 +60,19 @@ class _Launcher:
         return run.n == self.call.n and run.batch == slice(0, self.call.batch)
 
     def numbers(self) -> tuple[float, ...]:
-        """scale, its rest, cap, its rest, as `logits` takes them."""
-        log2e = 1.4426950408889634
-        call = self.call
-        if call.softcap is None:
-            return (*halves(call.scale * log2e), 1.0, 0.0)
-        return (*halves(call.scale / call.softcap), *halves(call.softcap * log2e))
+        return numbers(self.call)
 
     def constants(self, tiles: Tiles, band: bool) -> dict[str, Any]:
-        import triton.language as tl
-
-        from .triton import config
-
-        number = {torch.float64: tl.float64}.get(self.q.dtype, tl.float32)
-        kinds = {
-            torch.float64: tl.float64,
-            torch.float32: tl.float32,
-            torch.float16: tl.float16,
-            torch.bfloat16: tl.bfloat16,
-        }
-        # The interpreter's products of bfloat16 are garbage.
-        interpreted = self.target.backend == "interpreter"
-        given = kinds[self.q.dtype]
-        width, value_width = (config.padded(x) for x in (self.call.head_dim, self.call.value_dim))
+        shared = constants(self.target, self.q.dtype, self.call)
+        widths = (self.call.head_dim, self.call.value_dim)
         return {
+            **shared,
             "BAND": band,
             "HOLES": self.holes,
-            "SOFTCAP": self.call.softcap is not None,
             "PACK": self.pack,
-            "PRECISION": config.precision(self.target, self.q.dtype),
-            "NUMBER": number,
-            "INPUT": tl.float32 if interpreted and given is tl.bfloat16 else given,
             "ROWS": tiles.rows,
             "KEYS": tiles.keys,
-            "D": width,
-            "DV": value_width,
-            "EVEN": (width, value_width) == (self.call.head_dim, self.call.value_dim),
+            "EVEN": (shared["D"], shared["DV"]) == widths,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
         }
@@ -128,6 +101,8 @@ class _Launcher:
         lse = torch.full(shape, -torch.inf, dtype=wide(q.dtype), device=q.device)
         if not self.runs:
             return out, lse
+        if self.whole and few_in_triton.serves(call):
+            return self.few()
         tiles = self.tiles(backward=False)
         made = self.plan(tiles)
         launch(
@@ -141,10 +116,23 @@ class _Launcher:
         )
         return out, lse
 
+    def few(self) -> tuple[Tensor, Tensor]:
+        """Few queries over many keys: cut along the keys, without a table."""
+        from .triton import plan
+
+        run = self.runs[0]
+        keys = (slice(None), slice(None), run.keys)
+        call = run.subcall(self.call)
+        inputs = (self.q, self.k[keys], self.v[keys])
+        ends = plan.band_ends(self.mechanism, run, call.causal)
+        if ends is not None and not self.holes:
+            return few_in_triton.attend(*inputs, call, ends)
+        return few_in_triton.attend_masked(*inputs, self.mechanism.mask(call), call)
+
     def backward(
         self, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad, out, lse = _rows(grad_out), _rows(out), lse.contiguous()
+        grad, out, lse = rows_of(grad_out), rows_of(out), lse.contiguous()
         if self.mechanism.is_dynamic:
             return selected_in_triton.backward(self, grad, grad_lse, out, lse)
         from .triton.backward import grad_keys, grad_queries
@@ -158,7 +146,7 @@ class _Launcher:
         with_lse = grad_lse is not None
         grad_lse = lse if grad_lse is None else grad_lse.contiguous()
         tiles = self.tiles(backward=True)
-        numbers = (*self.numbers(), *halves(call.scale))
+        scales = (*self.numbers(), *halves(call.scale))
         sizes = (call.head_dim, call.value_dim, call.groups)
         steps = (*lse.stride()[:2], self.key_mask.stride(0))
         made = self.plan(tiles)
@@ -167,7 +155,7 @@ class _Launcher:
             (len(made.tiles), call.q_heads // self.pack, self.batch),
             *(grad, q, k, v, out, lse, grad_lse, delta, dq, *made[:5], self.key_mask),
             *(stride for x in (grad, q, k, v, out, dq) for stride in x.stride()[:3]),
-            *(*steps, *numbers, *sizes),
+            *(*steps, *scales, *sizes),
             LSE_GRAD=with_lse,
             **self.constants(tiles, made.band),
         )
@@ -177,7 +165,7 @@ class _Launcher:
             (len(made.tiles), call.kv_heads, self.batch),
             *(grad, q, k, v, lse, delta, dk, dv, *made[:5], self.key_mask),
             *(stride for x in (grad, q, k, v, dk, dv) for stride in x.stride()[:3]),
-            *(*steps, *numbers, *sizes),
+            *(*steps, *scales, *sizes),
             **self.constants(tiles, made.band),
         )
         return dq, dk, dv

@@ -79,6 +79,14 @@ def tiles(target: Target, dtype: torch.dtype, width: int, backward: bool = False
     return (_BACKWARD if backward else _FORWARD)[_family(target)][at]
 
 
+def decode_tiles(target: Target, dtype: torch.dtype, width: int) -> Tiles:
+    """The tiles of a decoding step, whose rows are as many as it has: memory-bound, so small ones."""
+    if target.backend == "interpreter":
+        return _INTERPRETED
+    keys = max(16, min(64, 64 * 256 // padded(width) // dtype.itemsize // 2))
+    return Tiles(16, keys, 4, 2)
+
+
 def precision(target: Target, dtype: torch.dtype) -> str:
     """How products of float32 are made: through tensor cores in three parts, or as IEEE has it."""
     return "tf32x3" if dtype == torch.float32 and target.backend == "cuda" else "ieee"

@@ -80,6 +80,17 @@ def _band(
     return band
 
 
+def band_ends(mechanism: Any, run: Run, causal: bool) -> tuple[int, int] | None:
+    """`low` and `high` of a run whose pattern is one band, within int32; None for any other."""
+    band = _band(mechanism, run.n, run.m, causal, run.offset)
+    if band is None:
+        return None
+    far = max(run.n, run.m) + 1
+    low = -far if band[0] is None else min(max(run.offset - band[0], -far), far)
+    high = far if band[1] is None else min(max(run.offset + band[1], -far), far)
+    return low, high
+
+
 def pack_bits(masks: Tensor) -> NDArray[np.int32]:
     """Bool `[U, A, B]` as int32 words `[U, A + 1, B / 32]`, rounded up, the lowest bit first.
 
@@ -130,7 +141,7 @@ def make(
 def _build(
     mechanism: Any, call: AttentionCall, runs: list[Run], queries: int, keys: int, transposed: bool
 ) -> Plan:
-    bands = [_band(mechanism, run.n, run.m, call.causal, run.offset) for run in runs]
+    bands = [band_ends(mechanism, run, call.causal) for run in runs]
     banded = all(band is not None for band in bands)
     rows: list[tuple[int, ...]] = []
     tiles: list[NDArray[np.int64]] = []
@@ -146,9 +157,7 @@ def _build(
         table[:, 1] = np.arange(count)
         if banded:
             assert band is not None
-            far = max(run.n, run.m) + 1
-            low = -far if band[0] is None else min(max(run.offset - band[0], -far), far)
-            high = far if band[1] is None else min(max(run.offset + band[1], -far), far)
+            low, high = band
         else:
             grid = Grid(run.n, run.m, call.causal, run.offset)
             found = _lists.get(
