@@ -22,9 +22,16 @@ if TYPE_CHECKING:
 
 
 class Implementation:
-    """A way to compute a mechanism. Subclasses give `name`, `supports` and `run`."""
+    """A way to compute a mechanism. Subclasses give `name`, `supports` and `run`.
+
+    Class attributes:
+        name: how `impl=` calls it.
+        on_request: `check` tries it only where it is named, or with `--expensive`: it compiles for
+            seconds, or needs a library or a device that few have.
+    """
 
     name: ClassVar[str] = ""
+    on_request: ClassVar[bool] = False
 
     def supports(self, mechanism: Mechanism, call: AttentionCall) -> list[str]:
         """Why this implementation cannot serve the call; empty when it can.

@@ -88,6 +88,7 @@ class Flex(sa.Implementation):
     """`torch.nn.attention.flex_attention` over the blocks of a static pattern."""
 
     name = "flex"
+    on_request = True
 
     def supports(self, mechanism: sa.Mechanism, call: sa.AttentionCall) -> list[str]:
         if torch.compiler.is_compiling():

@@ -51,7 +51,7 @@ def check(
         str | None, typer.Option(metavar="NAME", help="This implementation only.")
     ] = None,
     expensive: Annotated[
-        bool, typer.Option("--expensive", help="Also the laws that compile.")
+        bool, typer.Option("--expensive", help="Also the laws and implementations that compile.")
     ] = False,
     json: JsonPath = None,
 ) -> None:
