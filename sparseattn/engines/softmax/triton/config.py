@@ -7,6 +7,7 @@ fit its shared memory (tests/test_triton_compile.py holds them to it).
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,29 @@ def tiles(target: Target, dtype: torch.dtype, width: int, backward: bool = False
     if dtype == torch.float32:
         return _SINGLE[at]
     return (_BACKWARD if backward else _FORWARD)[_family(target)][at]
+
+
+# Capabilities for which `forward_specialised` was measured to be faster than `forward` (`make gpu`
+# races the two and says so). Empty until then: what was not measured is not chosen.
+_SPECIALISED_ON: frozenset[int] = frozenset()
+_SPECIALISED = {64: Tiles(128, 128, 4, 2), 128: Tiles(128, 128, 4, 2)}
+
+
+def specialised(target: Target, dtype: torch.dtype, width: int) -> Tiles | None:
+    """The tiles of the forward kernel with warps that only load, where it serves and is chosen.
+
+    `SPARSEATTN_TRITON_SPECIALISED=1` chooses it wherever it serves, and 0 nowhere.
+    """
+    asked = os.environ.get("SPARSEATTN_TRITON_SPECIALISED", "")
+    interpreted = target.backend == "interpreter"
+    serves = interpreted or (target.backend == "cuda" and target.arch == 90)
+    if asked == "1":
+        chosen = serves
+    else:
+        chosen = serves and asked != "0" and target.arch in _SPECIALISED_ON
+    if not chosen or dtype not in (torch.float16, torch.bfloat16) or padded(width) > 128:
+        return None
+    return _INTERPRETED if interpreted else _SPECIALISED[max(64, padded(width))]
 
 
 def decode_tiles(target: Target, dtype: torch.dtype, width: int) -> Tiles:
