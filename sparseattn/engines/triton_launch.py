@@ -1,4 +1,4 @@
-"""The door to Triton: whether it serves a device, which target that is, and how a kernel is launched.
+"""The door to Triton: whether it serves a device, for which target, and how a kernel is launched.
 
 Nothing here imports triton before a kernel is launched, so that a machine without it, or without a
 GPU, pays nothing. Kernels stand in the engines' `triton` folders; everything that launches one goes
@@ -43,8 +43,8 @@ _recording: tuple[Target, Callable[[Launch], None]] | None = None
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs kernels, on CPU tensors: `TRITON_INTERPRET=1`, which must be
-    set before triton is imported."""
+    """Whether Triton's interpreter runs kernels, on CPU tensors: `TRITON_INTERPRET=1`, to be set
+    before triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -102,8 +102,8 @@ def reasons_against(device: torch.device) -> list[str]:
 
 @contextlib.contextmanager
 def recording(on: Target, heard: Callable[[Launch], None]) -> Iterator[None]:
-    """Within it, launchers choose what they would on the target, and `heard` takes each launch down
-    instead of running it: results hold no numbers. For one thread, as compile-only checks use it."""
+    """Within it, launchers choose what they would on the target, and `heard` takes each launch
+    down instead of running it: results hold no numbers. For one thread, as compile-only checks are."""
     global _recording
     before, _recording = _recording, (on, heard)
     try:
@@ -113,7 +113,8 @@ def recording(on: Target, heard: Callable[[Launch], None]) -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Run a kernel on the device of its first argument, on its current stream; an empty grid is none.
+    """Run a kernel on the device of its first argument, on its current stream; nothing for no
+    program.
 
     Args:
         kernel: a `triton.jit` function. grid: programs along each axis.

@@ -1,6 +1,7 @@
 """Few queries over many keys on a GPU: decoding steps, whether or not a cache keeps the keys.
 
-No plan, no table and no host read: a step launches two kernels, and may be captured in a CUDA graph.
+No plan, no table and no host read: a step launches two kernels, and may be captured in a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def attend(
     parts = (call.batch, call.kv_heads, splits, rows)
     part = torch.empty((*parts, constant["DV"]), dtype=number, device=q.device)
     part_lse = torch.empty(parts, dtype=number, device=q.device)
-    seen, steps = q, (0, 0, 0)
+    seen, steps = q, q.stride()[:3]
     if mask is not None:
         seen = mask.expand(*shape, k.shape[2])
         seen = seen if seen.stride(-1) == 1 else seen.contiguous()

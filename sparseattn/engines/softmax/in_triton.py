@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...call import AttentionCall
 from ...digits import wide
-from ...runs import Run, cut
+from ...runs import cut
 from ..op import KERNELS
 from ..triton_launch import halves, launch, lend_memory, reasons_against, target
 from . import few_in_triton, selected_in_triton

@@ -31,9 +31,7 @@ class Looks(NamedTuple):
     tiles: Tensor | None
 
 
-def look_at(
-    csr: BlockCSR, most_partial: int | None = None, most_tiles: int | None = None
-) -> Looks:
+def look_at(csr: BlockCSR, most_partial: int | None = None, most_tiles: int | None = None) -> Looks:
     """The looks of all entries.
 
     Positions past the last key show nothing, so blocks that hold some are never full; rows past the

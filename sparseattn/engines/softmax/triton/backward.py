@@ -1,11 +1,11 @@
-"""Backward: the gradients of queries by tiles of queries, those of keys and values by tiles of keys.
+"""Backward: gradients of queries by tiles of queries, those of keys and values by tiles of keys.
 
 Two kernels, so that each gradient is summed by one program in one order: no atomics, the same bits
 every time (FlashAttention-2, algorithm 2, cut in two). The first also works out
 `delta = grad . out - grad_lse`, which the second reads. Both make the weights anew, from the total
-lse of their rows: with sink logits, or over part of the keys, the sums come out right. Products whose
-result is transposed are made transposed: Triton before 3.7.1 miscompiles the transpose of a cast
-accumulator.
+lse of their rows: with sink logits, or over part of the keys, the sums come out right. Products
+whose result is transposed are made transposed: Triton before 3.7.1 miscompiles the transpose of a
+cast accumulator.
 """
 
 from __future__ import annotations

@@ -94,17 +94,14 @@ def specialised(target: Target, dtype: torch.dtype, width: int) -> Tiles | None:
     asked = os.environ.get("SPARSEATTN_TRITON_SPECIALISED", "")
     interpreted = target.backend == "interpreter"
     serves = interpreted or (target.backend == "cuda" and target.arch == 90)
-    if asked == "1":
-        chosen = serves
-    else:
-        chosen = serves and asked != "0" and target.arch in _SPECIALISED_ON
+    chosen = serves and (asked == "1" or (asked != "0" and target.arch in _SPECIALISED_ON))
     if not chosen or dtype not in (torch.float16, torch.bfloat16) or padded(width) > 128:
         return None
     return _INTERPRETED if interpreted else _SPECIALISED[max(64, padded(width))]
 
 
 def decode_tiles(target: Target, dtype: torch.dtype, width: int) -> Tiles:
-    """The tiles of a decoding step, whose rows are as many as it has: memory-bound, so small ones."""
+    """The tiles of a decoding step, which has rows of its own: memory-bound, so small ones."""
     if target.backend == "interpreter":
         return _INTERPRETED
     keys = max(16, min(64, 64 * 256 // padded(width) // dtype.itemsize // 2))

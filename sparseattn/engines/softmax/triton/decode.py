@@ -62,7 +62,7 @@ def part_of_keys(
     D: tl.constexpr,
     DV: tl.constexpr,
 ):
-    """Program (split, key-value head, batch row): the keys `begin + split * SPLIT` and on, to `end`.
+    """Program (split, key-value head, batch row): keys `begin + split * SPLIT` and on, up to `end`.
 
     Query i sees the keys from `low + i` to `high + i` for which MASK `[B, Hq, n, keys]`, if MASKED,
     is not 0. PART is `[B, Hkv, splits, ROWS, DV]`, PART_LSE the same without its last axis, in

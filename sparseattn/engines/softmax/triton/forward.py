@@ -1,9 +1,9 @@
 """Forward: one program a tile of queries and a head, over the keys that the tile sees.
 
-Two patterns share the body. A band is arithmetic: its left edge, its interior and its right edge are
-three loops, of which only the edges look at masks. A list names the key blocks of a query block, the
-full ones first; partial ones point to tiles of bits. Softmax is taken on the way (Milakov and
-Gimelshein 2018; FlashAttention-2, algorithm 1).
+Two patterns share the body. A band is arithmetic: its left edge, its interior and its right edge
+are three loops, of which only the edges look at masks. A list names the key blocks of a query
+block, the full ones first; partial ones point to tiles of bits. Softmax is taken on the way
+(Milakov and Gimelshein 2018; FlashAttention-2, algorithm 1).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Forward on Hopper, with warps that only load: the interior of bands through tensor descriptors.
+"""Forward on Hopper, with warps that only load: bands, through tensor descriptors.
 
-The body is that of `forward`, for bands without holes and for one query head a tile. Between the
-edges keys and values come through descriptors made in the kernel, and the compiler gives their loads
-to warps of their own; the edges, where a mask decides what may be loaded at all, are as in `forward`.
+The body is that of `forward`, for bands without holes and one query head a tile. Everything comes
+and goes through descriptors made in the kernel, in one loop: the compiler then gives the loads to
+warps of their own, and deals the rows of a tile out to two groups of others. It does so for tiles
+of 128 rows and 4 warps, and for no function that also loads by pointers.
 """
 
 from __future__ import annotations

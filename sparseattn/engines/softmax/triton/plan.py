@@ -2,8 +2,8 @@
 
 Built on the host, from a call's runs and its mechanism's layout, never from N x M. A plan for the
 forward pass and for the gradients of queries cuts the queries (a tile is a block of queries, its
-list the key blocks they see); a transposed one, for the gradients of keys and values, cuts the keys.
-Plans of single runs are kept; those of packed documents are put together from kept lists.
+list the key blocks they see); a transposed one, for the gradients of keys and values, cuts the
+keys. Plans of single runs are kept; those of packed documents are put together from kept lists.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Plan(NamedTuple):
         tiles: int32 `[T, 8]`: run, block of queries (transposed: of keys), and in a plan of lists
             where its entries start, where the partial ones do, and where they stop.
         cols, looks: int32 `[E]`: the other axis' blocks, and the mask tile of partial ones.
-        masks: int32 `[U, row block + 1, column block / 32]`, bits, the lowest first; the last row of a
-            tile is what any of its rows sees.
+        masks: int32 `[U, row block + 1, column block / 32]`, bits, the lowest first; the last row of
+            a tile is what any of its rows sees.
         band: whether it is a plan of bands, without lists.
     """
 
@@ -189,9 +189,10 @@ def _build(
 
     none = np.zeros(1, dtype=np.int32)  # a pointer to something, where there are no entries
     return Plan(
-        table_of(rows),
-        table_of(whole),
-        *(table_of(np.concatenate(x) if entries else none) for x in (cols, looks)),
-        table_of(np.concatenate(masks) if faces else none),
-        banded,
+        runs=table_of(rows),
+        tiles=table_of(whole),
+        cols=table_of(np.concatenate(cols) if entries else none),
+        looks=table_of(np.concatenate(looks) if entries else none),
+        masks=table_of(np.concatenate(masks) if faces else none),
+        band=banded,
     )
