@@ -185,7 +185,8 @@ def row_of(one: Found) -> dict[str, Any]:
         "constants": {name: _shown(value) for name, value in options.items()},
         "warps": warps,
         "stages": stages,
-        "calls": one.calls,
+        "call": one.calls[0],
+        "calls": len(one.calls),
         "failed": "",
     }
     start = time.perf_counter()
@@ -293,7 +294,7 @@ def main() -> None:
         wrong = problems(row)
         bad += bool(wrong)
         if wrong:
-            print(f"{label(row)}\n    {row['calls'][0]}: {'; '.join(wrong)}", flush=True)
+            print(f"{label(row)}\n    {row['call']}: {'; '.join(wrong)}", flush=True)
     for name, why in refused.items():
         print(f"not served: {name}: {why:.120}")
     print(f"{len(rows)} compiled, {bad} with problems, {time.perf_counter() - start:.0f} s")
