@@ -262,16 +262,22 @@ def label(row: dict[str, Any]) -> str:
     return f"{row['triton']} {row['target']} {row['kernel']} {row['dtype']} {' '.join(words)}"
 
 
-def merged(path: Path, rows: list[dict[str, Any]], refused: dict[str, str]) -> dict[str, Any]:
-    """The document of a file with the rows of this Triton's version replaced."""
-    before = json.loads(path.read_text()) if path.exists() else {"rows": []}
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (row["triton"], row["target"], row["kernel"], row["call"])
+
+
+def merged(
+    before: dict[str, Any], rows: list[dict[str, Any]], refused: dict[str, str]
+) -> dict[str, Any]:
+    """A document with rows in it, in the place of those of the same kernel, call and version."""
     version = rows[0]["triton"]
-    kept = [row for row in before["rows"] if row["triton"] != version]
-    facts = {"commit": manifest.commit(), "versions": manifest.versions()}
+    new = {_identity(row) for row in rows}
+    kept = [row for row in before["rows"] if _identity(row) not in new]
+    facts = {"commit": manifest.commit(), "versions": manifest.versions() | {"triton": version}}
     return {
-        "manifest": before.get("manifest", {}) | {version: facts},
+        "manifest": before["manifest"] | {version: facts},
         "refused": refused,
-        "rows": sorted([*kept, *rows], key=lambda row: tuple(map(int, row["triton"].split(".")))),
+        "rows": sorted([*kept, *rows], key=_identity),
     }
 
 
@@ -288,6 +294,9 @@ def main() -> None:
     start = time.perf_counter()
     found, refused = listing([one for one in calls if given.only in one.name], targets)
     print(f"{len(found)} kernels, listed in {time.perf_counter() - start:.0f} s", flush=True)
+    before: dict[str, Any] = {"manifest": {}, "rows": []}
+    if given.json is not None and given.json.exists():
+        before = json.loads(given.json.read_text())
     rows, bad = [], 0
     for row in rows_of(found, given.processes):
         rows.append(row)
@@ -295,11 +304,11 @@ def main() -> None:
         bad += bool(wrong)
         if wrong:
             print(f"{label(row)}\n    {row['call']}: {'; '.join(wrong)}", flush=True)
+        if given.json is not None:  # as it goes: it may be stopped
+            store.write(given.json, merged(before, rows, refused))
     for name, why in refused.items():
         print(f"not served: {name}: {why:.120}")
     print(f"{len(rows)} compiled, {bad} with problems, {time.perf_counter() - start:.0f} s")
-    if given.json is not None and rows:
-        store.write(given.json, merged(given.json, rows, refused))
     sys.exit(1 if bad else 0)
 
 

@@ -77,11 +77,11 @@ class _Launcher:
             "num_stages": tiles.stages,
         }
 
-    def tiles(self, backward: bool) -> Tiles:
+    def tiles(self, kernel: str) -> Tiles:
         from .triton import config
 
         width = max(self.call.head_dim, self.call.value_dim)
-        return config.tiles(self.target, self.q.dtype, width, backward)
+        return config.tiles(self.target, self.q.dtype, width, kernel)
 
     def plan(self, tiles: Tiles, transposed: bool = False) -> Any:
         from .triton import plan
@@ -107,7 +107,7 @@ class _Launcher:
         if special is not None:
             self.launch_specialised(special, out, lse)
             return out, lse
-        tiles = self.tiles(backward=False)
+        tiles = self.tiles("forward")
         made = self.plan(tiles)
         launch(
             forward,
@@ -188,7 +188,7 @@ class _Launcher:
         delta = torch.empty_like(lse)
         with_lse = grad_lse is not None
         grad_lse = lse if grad_lse is None else grad_lse.contiguous()
-        tiles = self.tiles(backward=True)
+        tiles = self.tiles("grad_queries")
         scales = (*self.numbers(), *halves(call.scale))
         sizes = (call.head_dim, call.value_dim, call.groups)
         steps = (*lse.stride()[:2], self.key_mask.stride(0))
@@ -202,6 +202,7 @@ class _Launcher:
             LSE_GRAD=with_lse,
             **self.constants(tiles, made.band),
         )
+        tiles = self.tiles("grad_keys")
         made = self.plan(tiles, transposed=True)
         launch(
             grad_keys,

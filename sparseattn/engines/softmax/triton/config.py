@@ -32,29 +32,49 @@ def padded(width: int) -> int:
 
 
 _Table = dict[int, Tiles]  # by the padded width of the wider of keys and values
+_Families = dict[str, _Table]
 
-_FORWARD: dict[str, _Table] = {
-    "sm_90": {
-        64: Tiles(128, 64, 4, 3),
-        128: Tiles(128, 64, 8, 3),
-        256: Tiles(128, 64, 8, 2),
+_HALF: dict[str, _Families] = {
+    "forward": {
+        "sm_90": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 2)},
+        "sm_80": {64: Tiles(128, 64, 8, 3), 128: Tiles(64, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
+        "gfx": {64: Tiles(128, 64, 8, 1), 128: Tiles(128, 32, 8, 1), 256: Tiles(64, 32, 8, 1)},
     },
-    "sm_80": {
-        64: Tiles(128, 64, 4, 3),
-        128: Tiles(128, 64, 8, 2),
-        256: Tiles(64, 32, 4, 2),
+    "grad_queries": {
+        "sm_90": {64: Tiles(64, 64, 4, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(32, 32, 8, 1)},
+        "sm_80": {64: Tiles(64, 64, 8, 2), 128: Tiles(64, 64, 8, 1), 256: Tiles(32, 32, 8, 1)},
+        "gfx": {64: Tiles(64, 64, 4, 1), 128: Tiles(64, 32, 4, 1), 256: Tiles(32, 32, 4, 1)},
     },
-    "gfx": {64: Tiles(128, 64, 4, 1), 128: Tiles(128, 64, 4, 1), 256: Tiles(64, 32, 4, 1)},
+    "grad_keys": {
+        "sm_90": {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 1), 256: Tiles(32, 32, 8, 1)},
+        "sm_80": {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 64, 8, 1), 256: Tiles(32, 32, 8, 1)},
+        "gfx": {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 4, 1), 256: Tiles(32, 16, 8, 1)},
+    },
 }
-_BACKWARD: dict[str, _Table] = {
-    "sm_90": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 8, 1)},
-    "sm_80": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 1), 256: Tiles(32, 32, 8, 1)},
-    "gfx": {64: Tiles(64, 64, 4, 1), 128: Tiles(64, 32, 4, 1), 256: Tiles(32, 32, 4, 1)},
+# float32 through three tf32 products needs about three times the registers.
+_SINGLE: dict[str, _Families] = {
+    "forward": {
+        "sm_90": {64: Tiles(64, 32, 8, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        "sm_80": {64: Tiles(64, 32, 8, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        "gfx": {64: Tiles(64, 32, 8, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(32, 16, 8, 1)},
+    },
+    "grad_queries": {
+        "sm_90": {64: Tiles(64, 32, 8, 2), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        "sm_80": {64: Tiles(32, 32, 8, 1), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        "gfx": {64: Tiles(64, 32, 8, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    },
+    "grad_keys": {
+        "sm_90": {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        "sm_80": {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        "gfx": {64: Tiles(32, 32, 8, 1), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    },
 }
-# float32 through three tf32 products needs about three times the registers; float64, which serves
-# calls of few pairs alone, twice as many again.
-_SINGLE: _Table = {64: Tiles(64, 32, 8, 2), 128: Tiles(64, 32, 8, 1), 256: Tiles(32, 16, 8, 1)}
-_DOUBLE: _Table = {64: Tiles(32, 16, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 4, 1)}
+# float64 serves calls of few pairs alone.
+_DOUBLE: dict[str, _Table] = {
+    "forward": {64: Tiles(32, 16, 4, 1), 128: Tiles(16, 16, 4, 1), 256: Tiles(16, 16, 8, 1)},
+    "grad_queries": {64: Tiles(16, 16, 4, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    "grad_keys": {64: Tiles(16, 16, 4, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+}
 _INTERPRETED = Tiles(64, 64, 4, 1)
 
 
@@ -64,8 +84,8 @@ def _family(target: Target) -> str:
     return "sm_90" if int(target.arch) >= 90 else "sm_80"
 
 
-def tiles(target: Target, dtype: torch.dtype, width: int, backward: bool = False) -> Tiles:
-    """The tiles of a kernel.
+def tiles(target: Target, dtype: torch.dtype, width: int, kernel: str = "forward") -> Tiles:
+    """The tiles of a kernel: `forward`, `grad_queries` or `grad_keys`.
 
     Args:
         width: the greater of the head widths of keys and values.
@@ -74,10 +94,8 @@ def tiles(target: Target, dtype: torch.dtype, width: int, backward: bool = False
         return _INTERPRETED
     at = max(64, padded(width))
     if dtype == torch.float64:
-        return _DOUBLE[at]
-    if dtype == torch.float32:
-        return _SINGLE[at]
-    return (_BACKWARD if backward else _FORWARD)[_family(target)][at]
+        return _DOUBLE[kernel][at]
+    return (_SINGLE if dtype == torch.float32 else _HALF)[kernel][_family(target)][at]
 
 
 # Capabilities for which `forward_specialised` was measured to be faster than `forward` (`make gpu`
