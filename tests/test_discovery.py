@@ -348,7 +348,7 @@ def found(farm):
     return {**json.loads(done.stdout), "stderr": done.stderr}
 
 
-BUILT_IN = {"full", "windowed", "block_sparse", "linear"}
+BUILT_IN = {"full", "windowed", "block_sparse", "linear", "flex", "flash_attn", "fla"}
 
 
 def test_good_plugins_load_beside_every_broken_one(found):
@@ -544,7 +544,8 @@ def test_sparseattn_plugins_chooses_the_entry_points(tmp_path):
         "onee",
         "-onee",
     ]
-    built_in = ["block_sparse", "full", "linear", "windowed"]
+    adapters = ["fla", "flash_attn", "flex"]
+    built_in = ["block_sparse", *adapters, "full", "linear", "windowed"]
     loaded = [
         [*built_in, "one", "two"],
         built_in,
@@ -552,7 +553,7 @@ def test_sparseattn_plugins_chooses_the_entry_points(tmp_path):
         ["one"],
         ["full", "one"],
         [*built_in, "two"],
-        ["block_sparse", "linear", "windowed", "two"],
+        ["block_sparse", *adapters, "linear", "windowed", "two"],
         ["one"],
         [],
         [*built_in, "one", "two"],

@@ -164,9 +164,9 @@ def test_a_plugin_uses_public_names_only(plugin):
     assert plugin_faults(plugin, read(ROOT / "plugins" / plugin), PUBLIC) == []
 
 
-def test_there_are_four_plugins():
+def test_there_are_four_plugins_of_mechanisms_and_three_adapters():
     assert [p.removeprefix("sparseattn_") for p in PLUGINS] == [
-        *("block_sparse", "full", "linear", "windowed")
+        *("block_sparse", "fla", "flash_attn", "flex", "full", "linear", "windowed")
     ]
 
 

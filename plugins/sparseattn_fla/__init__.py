@@ -61,6 +61,7 @@ class ChunkedLinear(sa.Implementation):
 
     name = "fla"
     on_request = True
+    compiles = True
 
     def supports(self, mechanism: sa.Mechanism, call: sa.AttentionCall) -> list[str]:
         return _reasons(call)
@@ -95,6 +96,7 @@ class ChunkedRetention(sa.Implementation):
 
     name = "fla"
     on_request = True
+    compiles = True
 
     def supports(self, mechanism: sa.Mechanism, call: sa.AttentionCall) -> list[str]:
         return _reasons(call)

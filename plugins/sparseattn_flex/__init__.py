@@ -89,10 +89,13 @@ class Flex(sa.Implementation):
 
     name = "flex"
     on_request = True
+    compiles = True
 
     def supports(self, mechanism: sa.Mechanism, call: sa.AttentionCall) -> list[str]:
         if torch.compiler.is_compiling():
             return ["it compiles FlexAttention itself, so it takes no call that is being compiled"]
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return ["it compiles FlexAttention, which does not run under torch.func (vmap, grad)"]
         if not isinstance(mechanism, sa.MaskedSoftmax):
             return ["FlexAttention is a softmax, and this mechanism is not"]
         if mechanism.is_dynamic:

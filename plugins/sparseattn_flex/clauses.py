@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +22,27 @@ class Listed:
     block: int
 
 
-def table_of(clause: sa.BlockLayout) -> Tensor:
-    """A list of blocks as bool `[rows, columns]`: a byte for each pair of blocks."""
+class Table(NamedTuple):
+    """A list of blocks, a byte for each pair of blocks.
+
+    Attributes:
+        listed: bool `[rows * columns]`.
+        shape: int32 `[2]`, rows and columns: a tensor, since FlexAttention's CPU template computes
+            wrongly with sizes that are symbols.
+    """
+
+    listed: Tensor
+    shape: Tensor
+
+
+def table_of(clause: sa.BlockLayout, device: torch.device) -> Table:
+    """A list of blocks as a table."""
     columns = int(clause.indices.max()) + 1 if len(clause.indices) else 1
     table = torch.zeros(max(clause.rows, 1), columns, dtype=torch.bool)
-    rows = torch.from_numpy(clause.indptr).diff()
-    rows = torch.repeat_interleave(torch.arange(clause.rows), rows)
-    table[rows, torch.from_numpy(clause.indices.astype("int64"))] = True
-    return table
+    rows = torch.repeat_interleave(torch.arange(clause.rows), torch.tensor(clause.indptr).diff())
+    table[rows, torch.tensor(clause.indices, dtype=torch.int64)] = True
+    shape = torch.tensor(table.shape, dtype=torch.int32, device=device)
+    return Table(table.flatten().to(device), shape)
 
 
 def lists_of(layout: sa.Layout) -> list[sa.BlockLayout]:
@@ -66,7 +79,7 @@ def depends_on_distance_only(layout: sa.Layout) -> bool:
     return kinds <= {"Band", "Step"}
 
 
-def visible(terms: Any, tables: tuple[Tensor, ...], i: Tensor, j: Tensor) -> Tensor:
+def visible(terms: Any, tables: tuple[Table, ...], i: Tensor, j: Tensor) -> Tensor:
     """Whether query position i sees key position j; traced.
 
     Args:
@@ -99,8 +112,8 @@ def _band(band: Any, i: Tensor, j: Tensor) -> list[Tensor]:
     return ends
 
 
-def _listed(block: int, table: Tensor, i: Tensor, j: Tensor) -> Tensor:
+def _listed(block: int, table: Table, i: Tensor, j: Tensor) -> Tensor:
     row, column = i // block, j // block
-    rows, columns = table.shape
+    rows, columns = table.shape[0], table.shape[1]
     real = (row >= 0) & (row < rows) & (column < columns)
-    return real & table[row.clamp(0, rows - 1), column.clamp(0, columns - 1)]
+    return real & table.listed[torch.where(real, row * columns + column, 0)]

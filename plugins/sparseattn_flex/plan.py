@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sparseattn as sa
 
-from .clauses import lists_of, table_of, terms_of
+from .clauses import Table, lists_of, table_of, terms_of
 
 BLOCK = 128  # FlexAttention's own default, which its kernels' tiles divide
 _BLOCKS_AT_ONCE = 64
@@ -32,7 +32,7 @@ class Plan:
     """
 
     terms: Any
-    tables: tuple[Tensor, ...]
+    tables: tuple[Table, ...]
     offset: Tensor
     blocks: tuple[Tensor, ...]
     transposed: tuple[Tensor, ...]
@@ -72,7 +72,7 @@ def _plan(layout: sa.Layout, masked: bool, backward: bool, device: torch.device)
     unseen = ~_seen(csr)
     return Plan(
         terms_of(layout),
-        tuple(table_of(x).to(device) for x in lists_of(layout)),
+        tuple(table_of(x, device) for x in lists_of(layout)),
         torch.tensor(int(layout.grid.offset or 0), dtype=torch.int32, device=device),
         lists(csr, full),
         transposed,

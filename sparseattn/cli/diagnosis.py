@@ -22,6 +22,8 @@ _PACKAGES = {
     "pluggy": "",
     "safetensors": "",
     "triton": "only GPU kernels need it",
+    "flash-attn": 'only impl="flash_attn" needs it',
+    "flash-linear-attention": 'only impl="fla" needs it',
     "pillow": "only `show --save` needs it",
 }
 
