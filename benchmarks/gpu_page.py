@@ -35,7 +35,7 @@ def _span(values: list[Any]) -> str:
 
 
 def _compiled(document: dict[str, Any]) -> str:
-    """A table for each target: the compiled kernels, those that differ in options alone together."""
+    """A table for each target; kernels that differ in options alone share a line."""
     rows = document["rows"]
     versions = sorted({row["triton"] for row in rows})
     found = []
@@ -110,7 +110,8 @@ def _measured(document: dict[str, Any] | None) -> str:
     found = [
         f"{facts['device']}, commit `{facts['commit']}`. Measured first: "
         f"{roof['flops_per_s'] / 1e12:.0f} TFLOP/s of matrix products, copy "
-        f"{roof['bytes_per_s'] / 1e12:.2f} TB/s, reading {roof['read_bytes_per_s'] / 1e12:.2f} TB/s."
+        f"{roof['bytes_per_s'] / 1e12:.2f} TB/s, "
+        f"reading {roof['read_bytes_per_s'] / 1e12:.2f} TB/s."
     ]
     checks = document["checks"]
     wrong = [row for row in checks if row["problem"]]
