@@ -102,11 +102,11 @@ def _top_left(mechanism: Any, call: sa.AttentionCall) -> Any:
     return mechanism.clauses(sa.Grid(call.n, call.m, call.causal, 0)).with_causal()
 
 
-def _all_full(csr: Any, which: Any) -> Any:
-    return _dense_of(csr, ~which if which is not csr.full and (which == ~csr.full).all() else which)
+_dense = plan._dense
 
 
-_dense_of = plan._dense
+def _swapped(csr: Any, which: Any) -> Any:
+    return _dense(csr, ~which)
 
 
 @pytest.mark.parametrize(
@@ -114,14 +114,11 @@ _dense_of = plan._dense
     [
         (clauses, "_band", _off_by_one, "windowed(window=5"),
         (plan, "layout_of", _top_left, "full"),
-        (plan, "_dense", _all_full, "full"),
+        (plan, "_dense", _swapped, "full"),
     ],
     ids=["a window off by one", "causal from the top left", "partial blocks called full"],
 )
 def test_a_planted_bug_in_the_plan_is_seen(monkeypatch, module, name, planted, seen_in):
-    if planted is _all_full:
-        # What is partial goes into the list of full blocks, and the other way round.
-        planted = lambda csr, which: _dense_of(csr, ~which)  # noqa: E731
     monkeypatch.setattr(module, name, planted)
     assert any(words.startswith(seen_in) for words in faults())
     monkeypatch.undo()
@@ -140,9 +137,12 @@ def test_keys_that_no_query_sees_are_known():
 def test_a_million_tokens_are_planned_in_blocks_alone():
     x = torch.empty(1, 1, 1, 16).expand(1, 1, 2**20, 16)
     call = sa.AttentionCall.make(x, x, x, causal=True)
-    assert sa.mechanism("windowed", window=256).clauses(sa.Grid(4, 4)) is not None
-    made = plan.layout_of(sa.mechanism("windowed", window=256), call).lower(128, 128)
-    assert made.nnz < 4 * 2**13
+    made = plan.make(sa.mechanism("windowed", window=256), call)
+    blocks = 2**20 // plan.BLOCK
+    assert [x.numel() for x in made.blocks] == [blocks, blocks**2] * 2
+    # A window of two blocks: two edges, and one full block between them.
+    partial, full = (int(made.blocks[x].sum()) for x in (0, 2))
+    assert (partial, full) == (2 * blocks - 2, blocks - 1) and made.unseen is None
 
 
 def test_the_backward_has_the_lists_by_key():
@@ -189,7 +189,7 @@ def test_flex_serves_other_sizes_without_compiling_again():
     stats = torch._dynamo.utils.counters["stats"]
     before = len(compiled._made), stats["unique_graphs"]
     # More queries than keys: the first of them see nothing, and their outputs are 0.
-    q, k, v = tensors(290, 150, heads=6, kv=3, d=24)
+    q, k, v = tensors(290, 150, heads=6, kv=3)
     out = sa.attention(q, k, v, spec, impl="flex", **kw)
     assert (len(compiled._made), stats["unique_graphs"]) == before
     verdict = Budgets(sa.mechanism(spec), q, k, v, sa.AttentionCall.make(q, k, v, **kw)).out(out)
@@ -197,11 +197,16 @@ def test_flex_serves_other_sizes_without_compiling_again():
     assert (out[:, :, :140] == 0).all() and (out[:, :, 140:] != 0).all()
 
 
-def test_flex_refuses_numbers_that_it_would_hide():
-    q, k, v = tensors(140, 170)
-    k[0, 0, 3, 3] = torch.nan
-    with pytest.raises(sa.UnsupportedCallError, match="plausible numbers"):
-        sa.attention(q, k, v, COMPILED[0][0], impl="flex", causal=True, softcap=2.0)
+def test_flex_shows_nan_and_refuses_infinity():
+    spec, sizes, kw = COMPILED[0]
+    q, k, v = tensors(*sizes)
+    q[1, 2, 9, 0] = k[0, 1, 100, 3] = torch.nan
+    out = sa.attention(q, k, v, spec, impl="flex", **kw)
+    expected = sa.attention(q, k, v, spec, impl="torch", **kw)
+    assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().sum() > 5 * 16
+    k[0, 1, 100, 3] = torch.inf
+    with pytest.raises(sa.UnsupportedCallError, match="plausible number"):
+        sa.attention(q, k, v, spec, impl="flex", **kw)
 
 
 REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
@@ -379,6 +384,12 @@ def test_no_library_is_imported_before_a_call_that_uses_it(tmp_path: Path):
         print(json.dumps(sorted(set(sys.modules) - before)))
         """,
     )
-    libraries = ("torch._dynamo", "torch._inductor", "torch.nn.attention.flex", "flash_attn", "fla.")
+    libraries = (
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.nn.attention.flex",
+        "flash_attn",
+        "fla.",
+    )
     assert "sparseattn_flex" in heavy
     assert [m for m in heavy if m.startswith(libraries)] == []
