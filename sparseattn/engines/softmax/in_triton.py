@@ -86,7 +86,7 @@ class _Launcher:
     def plan(self, tiles: Tiles, transposed: bool = False) -> Any:
         from .triton import plan
 
-        queries = tiles.rows // self.pack
+        queries = tiles.rows if transposed else tiles.rows // self.pack
         return plan.make(self.mechanism, self.call, self.runs, queries, tiles.keys, transposed)
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -204,13 +204,15 @@ class _Launcher:
         )
         tiles = self.tiles("grad_keys")
         made = self.plan(tiles, transposed=True)
+        constant = self.constants(tiles, made.band)
+        del constant["PACK"]  # its tiles have rows of one head
         launch(
             grad_keys,
             (len(made.tiles), call.kv_heads, self.batch),
             *(grad, q, k, v, lse, delta, dk, dv, *made[:5], self.key_mask),
             *(stride for x in (grad, q, k, v, dk, dv) for stride in x.stride()[:3]),
             *(*steps, *scales, *sizes),
-            **self.constants(tiles, made.band),
+            **constant,
         )
         return dq, dk, dv
 

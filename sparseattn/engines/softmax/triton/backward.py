@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .weights import LOG2E, logits, seen_in_band, seen_in_tile
+from .weights import LOG2E, any_in_tile, logits, seen_in_band, seen_in_tile
 
 
 @triton.jit(do_not_specialize=["lse_batch", "lse_head", "mask_batch", "head_dim", "value_dim"])
@@ -158,9 +158,8 @@ def grad_queries(
                     some = (key >= low + first) & (key < end)
                 else:
                     look = tl.load(LOOKS + at)
-                    within = (row // PACK)[:, None]
-                    seen = seen_in_tile(MASKS, look, within, span[None, :], QUERIES, KEYS)
-                    some = seen_in_tile(MASKS, look, QUERIES, span, QUERIES, KEYS)
+                    seen = seen_in_tile(MASKS, look, row // PACK, span, QUERIES, KEYS)
+                    some = any_in_tile(MASKS, look, span, QUERIES, KEYS)
             if HOLES:
                 allowed = tl.load(hole_at + key, mask=key < m, other=0) != 0
                 seen = seen & allowed[None, :]
@@ -237,7 +236,6 @@ def grad_keys(
     BAND: tl.constexpr,
     HOLES: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    PACK: tl.constexpr,
     PRECISION: tl.constexpr,
     NUMBER: tl.constexpr,
     INPUT: tl.constexpr,
@@ -249,10 +247,9 @@ def grad_keys(
 ):
     """Program (tile of keys, key-value head, batch row) over a transposed plan; writes DK and DV_.
 
-    Every query head of the group is summed here, in order.
+    Every query head of the group is summed here, in order: ROWS are queries of one.
     """
-    QUERIES: tl.constexpr = ROWS // PACK
-    STEP: tl.constexpr = QUERIES if BAND else 1
+    STEP: tl.constexpr = ROWS if BAND else 1
     tile = TILES + tl.program_id(0) * 8
     run = RUNS + tl.load(tile) * 8
     first = tl.load(tile + 1) * KEYS
@@ -286,32 +283,28 @@ def grad_keys(
     dk = tl.zeros([KEYS, D], NUMBER)
     dv = tl.zeros([KEYS, DV], NUMBER)
     row = tl.arange(0, ROWS)
-    within = row // PACK
-    # Within a tile offsets are 32 bits wide, but for the distance of heads.
-    among = row % PACK if PACK == 1 else (row % PACK).to(tl.int64)
-    q_offset = (among * q_head + within * q_row)[:, None] + d[None, :]
-    grad_offset = (among * grad_head + within * grad_row)[:, None] + e[None, :]
-    lse_offset = among * lse_head + within
+    q_offset = row[:, None] * q_row + d[None, :]
+    grad_offset = row[:, None] * grad_row + e[None, :]
 
     # The queries that see all of the block stand between `inner` and `outer`.
     last = tl.minimum(first + KEYS, m) - 1
     if BAND:
-        begin = tl.maximum(first - high, 0) // QUERIES * QUERIES
+        begin = tl.maximum(first - high, 0) // ROWS * ROWS
         end = tl.minimum(last - low + 1, n)
-        inner = (tl.maximum(last - high, 0) + QUERIES - 1) // QUERIES * QUERIES
+        inner = (tl.maximum(last - high, 0) + ROWS - 1) // ROWS * ROWS
         inner = tl.maximum(inner, begin)
-        outer = tl.maximum(tl.minimum(first - low + 1, n), 0) // QUERIES * QUERIES
+        outer = tl.maximum(tl.minimum(first - low + 1, n), 0) // ROWS * ROWS
         outer = tl.maximum(outer, inner)
     else:
         begin = tl.load(tile + 2)
         end = tl.load(tile + 4)
         inner = begin
         outer = tl.load(tile + 3)
-    for group in range(0, groups // PACK):
-        head = (kv_head * (groups // PACK) + group) * PACK
+    for group in range(0, groups):
+        head = kv_head * groups + group
         q_at = Q + batch * q_batch + head * q_head + q_offset
         grad_at = GRAD + batch * grad_batch + head * grad_head + grad_offset
-        lse_at = batch * lse_batch + head * lse_head + lse_offset
+        lse_at = batch * lse_batch + head * lse_head + row
         for PHASE in tl.static_range(0 if BAND else 1, 3):
             if PHASE == 0:
                 start, stop = begin, tl.minimum(inner, end)
@@ -320,8 +313,8 @@ def grad_keys(
             else:
                 start, stop = outer, end
             for at in tl.range(start, stop, STEP, num_stages=(None if PHASE == 1 else 1)):
-                base = at if BAND else tl.load(COLS + at) * QUERIES
-                query = base + within
+                base = at if BAND else tl.load(COLS + at) * ROWS
+                query = base + row
                 some = query < n  # sees any key of the block
                 seen = allowed[:, None]
                 if PHASE != 1:
@@ -330,11 +323,8 @@ def grad_keys(
                         some = (query >= first - high) & (query < end)
                     else:
                         look = tl.load(LOOKS + at)
-                        bits = seen_in_tile(
-                            MASKS, look, span[:, None], within[None, :], KEYS, QUERIES
-                        )
-                        seen = seen & bits
-                        some = some & seen_in_tile(MASKS, look, KEYS, within, KEYS, QUERIES)
+                        seen = seen & seen_in_tile(MASKS, look, span, row, KEYS, ROWS)
+                        some = some & any_in_tile(MASKS, look, row, KEYS, ROWS)
                 start_row = tl.cast(q_first + base, tl.int64)
                 q_row_at = q_at + start_row * q_row
                 grad_row_at = grad_at + start_row * grad_row

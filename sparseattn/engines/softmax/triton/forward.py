@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .weights import LN2, logits, seen_in_band, seen_in_tile
+from .weights import LN2, any_in_tile, logits, seen_in_band, seen_in_tile
 
 
 @triton.jit
@@ -176,9 +176,8 @@ def forward(
                     some = (key >= low + first) & (key < end)
                 else:
                     look = tl.load(LOOKS + at)
-                    within = (row // PACK)[:, None]
-                    seen = seen_in_tile(MASKS, look, within, span[None, :], QUERIES, KEYS)
-                    some = seen_in_tile(MASKS, look, QUERIES, span, QUERIES, KEYS)
+                    seen = seen_in_tile(MASKS, look, row // PACK, span, QUERIES, KEYS)
+                    some = any_in_tile(MASKS, look, span, QUERIES, KEYS)
             if HOLES:
                 allowed = tl.load(hole_at + key, mask=key < m, other=0) != 0
                 seen = seen & allowed[None, :]

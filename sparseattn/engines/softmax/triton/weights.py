@@ -45,13 +45,25 @@ def seen_in_band(low, high, query, key, n, m):
 
 @triton.jit
 def seen_in_tile(masks, look, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The bits of a mask tile, int32 `[tiles, ROWS + 1, COLUMNS / 32]`, for broadcast places in it.
+    """The bits of a mask tile, int32 `[tiles, ROWS + 1, COLUMNS / 32]`: bool `[R, C]` for places
+    row `[R]` and column `[C]` in it.
 
-    Row ROWS of a tile is what any of its rows sees.
+    A word a row is loaded, not one a bit: pointers to each would spill.
     """
     words: tl.constexpr = (COLUMNS + 31) // 32
-    word = tl.load(masks + look.to(tl.int64) * ((ROWS + 1) * words) + row * words + column // 32)
-    return ((word >> (column % 32)) & 1) != 0
+    at = masks + look.to(tl.int64) * ((ROWS + 1) * words) + row * words
+    word = tl.load(at)[:, None]
+    for more in tl.static_range(1, words):
+        word = tl.where(column[None, :] < 32 * more, word, tl.load(at + more)[:, None])
+    return ((word >> (column % 32)[None, :]) & 1) != 0
+
+
+@triton.jit
+def any_in_tile(masks, look, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What any row of a mask tile sees, its last row: bool `[C]` for places column `[C]`."""
+    words: tl.constexpr = (COLUMNS + 31) // 32
+    at = masks + look.to(tl.int64) * ((ROWS + 1) * words) + ROWS * words
+    return ((tl.load(at + column // 32) >> (column % 32)) & 1) != 0
 
 
 @triton.jit
