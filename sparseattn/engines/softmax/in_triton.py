@@ -46,6 +46,9 @@ class _Launcher:
         self.key_mask = self.q if call.key_mask is None else call.key_mask.view(torch.uint8)
         if not self.holes:
             self.key_mask = self.q  # a pointer to something
+        elif q.dtype == torch.float64:
+            # Triton 3.6 makes no products of float64 beside loads of bytes.
+            self.key_mask = self.key_mask.to(torch.int32)
         elif self.key_mask.stride(-1) != 1:
             self.key_mask = self.key_mask.contiguous()
         self.target = target(q.device)
