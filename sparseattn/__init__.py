@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "AttentionCall": "call",
     "BlockLayout": "layout",
+    "FusedMap": "engines.linear.maps",
     "Grid": "layout",
     "Implementation": "implementation",
     "InvalidInputError": "errors",
@@ -40,6 +41,7 @@ _HOMES = {
 __all__ = [
     "AttentionCall",
     "BlockLayout",
+    "FusedMap",
     "Grid",
     "Implementation",
     "InvalidInputError",
@@ -70,6 +72,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .base import KernelizedLinear, MaskedSoftmax, Mechanism
     from .call import AttentionCall
+    from .engines.linear.maps import FusedMap
     from .errors import (
         InvalidInputError,
         PluginError,

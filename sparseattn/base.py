@@ -14,6 +14,7 @@ from .cache_ring import RingCache, bound_of, sees_all
 from .cache_state import StateCache
 from .call import AttentionCall
 from .digits import wide
+from .engines.linear.maps import FusedMap
 from .engines.softmax import pattern, selection
 from .implementation import EngineImplementation, Implementation, engine_implementations
 from .layout import Grid, Layout
@@ -289,6 +290,14 @@ class KernelizedLinear(Mechanism):
     def query_map(self, x: Tensor, positions: Tensor, call: AttentionCall) -> Tensor:
         """phi of the queries, where it differs from that of the keys; shapes as `feature_map`."""
         return self.feature_map(x, positions, call)
+
+    def fused_maps(self, call: AttentionCall) -> tuple[FusedMap, FusedMap] | None:
+        """`query_map` and `feature_map` in words, for kernels that evaluate them on the way.
+
+        They must give the same features; the two may differ in their scale, and in what lowers the
+        exponents of a projection. None leaves the features to torch, which makes them in slabs.
+        """
+        return None
 
     def decay(self, call: AttentionCall) -> Tensor | None:
         """Decay a position and query head, in (0, 1]: `[Hq]`; weights get `gamma ** (i - j)`."""

@@ -55,6 +55,9 @@ class Linear(sa.KernelizedLinear):
     def feature_map(self, x: Tensor, positions: Tensor, call: sa.AttentionCall) -> Tensor:
         return torch.nn.functional.elu(x) + 1
 
+    def fused_maps(self, call: sa.AttentionCall) -> tuple[sa.FusedMap, sa.FusedMap]:
+        return sa.FusedMap("elu_plus_one"), sa.FusedMap("elu_plus_one")
+
 
 @dataclass(frozen=True)
 class Performer(sa.KernelizedLinear):
@@ -119,10 +122,14 @@ class Performer(sa.KernelizedLinear):
         )
         return x @ rows.T, longest
 
+    def _dropped(self, longest: float) -> float:
+        """The factor that all keys drop, as a logarithm."""
+        return min(max(longest / 2 - _CAP, 0.0), _MOST_DROPPED) + math.log(self.features) / 2
+
     def _exponents(self, x: Tensor, call: sa.AttentionCall) -> tuple[Tensor, float]:
         x = x * math.sqrt(call.scale)
         exponent, longest = self._project(x)
-        dropped = min(max(longest / 2 - _CAP, 0.0), _MOST_DROPPED) + math.log(self.features) / 2
+        dropped = self._dropped(longest)
         return exponent.sub_((x * x).sum(-1, keepdim=True).mul_(0.5).add_(dropped)), longest
 
     def feature_map(self, x: Tensor, positions: Tensor, call: sa.AttentionCall) -> Tensor:
@@ -132,6 +139,17 @@ class Performer(sa.KernelizedLinear):
         exponent, _ = self._project(x * math.sqrt(call.scale))
         # No gradient through the maximum: it cancels in the division.
         return exponent.sub_(exponent.detach().amax(-1, keepdim=True)).exp_()
+
+    def fused_maps(self, call: sa.AttentionCall) -> tuple[sa.FusedMap, sa.FusedMap]:
+        wide = torch.float64 if call.dtype == torch.float64 else torch.float32
+        rows, longest = projection(
+            self.features, call.head_dim, self.seed, self.orthogonal, wide, call.device
+        )
+        scale, dropped = math.sqrt(call.scale), self._dropped(longest)
+        return (
+            sa.FusedMap("exp", scale, projection=rows, lowered="most"),
+            sa.FusedMap("exp", scale, projection=rows, lowered="half_square", drop=dropped),
+        )
 
     def scaled_map(
         self, x: Tensor, positions: Tensor, call: sa.AttentionCall
@@ -257,6 +275,10 @@ class Cosformer(sa.KernelizedLinear):
         x = torch.relu(x)
         return torch.cat([x * angle.cos(), x * angle.sin()], dim=-1)
 
+    def fused_maps(self, call: sa.AttentionCall) -> tuple[sa.FusedMap, sa.FusedMap]:
+        turn = math.pi / (2 * self.horizon)
+        return sa.FusedMap("relu", turn=turn), sa.FusedMap("relu", turn=turn)
+
 
 @dataclass(frozen=True)
 class Retention(sa.KernelizedLinear):
@@ -287,6 +309,9 @@ class Retention(sa.KernelizedLinear):
 
     def query_map(self, x: Tensor, positions: Tensor, call: sa.AttentionCall) -> Tensor:
         return x * call.scale
+
+    def fused_maps(self, call: sa.AttentionCall) -> tuple[sa.FusedMap, sa.FusedMap]:
+        return sa.FusedMap(scale=call.scale), sa.FusedMap()
 
     def decay(self, call: sa.AttentionCall) -> Tensor:
         # float64, whatever the call's dtype: float32 holds 1 - 2 ** -25 as 1.

@@ -24,6 +24,13 @@ from .sweeps import Sweeps
 _MOST_KEYS = 2**24
 
 
+def out_of_range(sums: Tensor, features: int) -> Tensor:
+    """Which row sums are too small, too great or no numbers, for their dtype: bool, as sums."""
+    held = torch.finfo(sums.dtype)
+    least = features * _MOST_KEYS * held.tiny / held.eps
+    return ~((sums >= least) & (sums < torch.inf))
+
+
 class _Noting(Sweeps):
     """Sweeps that remember the sums of their rows."""
 
@@ -35,10 +42,7 @@ class _Noting(Sweeps):
         super().forward(out)
 
     def out_of_range(self, sums: Tensor) -> Tensor:
-        """Which row sums are too small, too great or no numbers: bool, of the same shape."""
-        held = torch.finfo(self.dtype)
-        least = self.features * _MOST_KEYS * held.tiny / held.eps
-        return ~((sums >= least) & (sums < torch.inf))
+        return out_of_range(sums.to(self.dtype), self.features)
 
 
 class Guarded(_Noting):

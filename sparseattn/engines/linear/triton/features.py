@@ -1,4 +1,4 @@
-"""Feature maps as the kernels evaluate them, and their slopes: see `FusedMap` in `linear/maps.py`.
+"""Feature maps as the kernels evaluate them, and their slopes: see `FusedMap` in `maps.py`.
 
 Features of a row come in blocks of F. Those that turn with the position have two parts: the blocks
 times the cosine of an angle, and the same blocks times its sine.
@@ -14,6 +14,12 @@ import triton.language as tl
 def number_of(first, rest, NUMBER: tl.constexpr):
     """A number that came as two halves: Triton passes no float64."""
     return tl.cast(first, NUMBER) + tl.cast(rest, NUMBER)
+
+
+@triton.jit
+def not_finite(x):
+    """Where x is NaN or infinite."""
+    return ~(tl.abs(x) < float("inf"))
 
 
 @triton.jit
@@ -55,12 +61,18 @@ def turn_of(position, part, turn, NUMBER: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def multiply(x, y, PRECISION: tl.constexpr, NUMBER: tl.constexpr, INPUT: tl.constexpr):
-    """`x @ y` for y in NUMBER, to its digits: where products are of halves, y is cut in two."""
-    high = y.to(INPUT)
-    made = tl.dot(x.to(INPUT), high, input_precision=PRECISION, out_dtype=NUMBER)
-    if INPUT == tl.bfloat16:
-        rest = (y - high.to(NUMBER)).to(INPUT)
-        made = tl.dot(x.to(INPUT), rest, made, input_precision=PRECISION, out_dtype=NUMBER)
+    """`x @ y` to the digits of NUMBER, where one of the two is INPUT already: where products are of
+    halves, the other is cut in two."""
+    high_x = x.to(INPUT)
+    high_y = y.to(INPUT)
+    made = tl.dot(high_x, high_y, input_precision=PRECISION, out_dtype=NUMBER)
+    if tl.bfloat16 == INPUT:
+        if x.dtype == NUMBER:
+            rest = (x - high_x.to(NUMBER)).to(INPUT)
+            made = tl.dot(rest, high_y, made, input_precision=PRECISION, out_dtype=NUMBER)
+        else:
+            rest = (y - high_y.to(NUMBER)).to(INPUT)
+            made = tl.dot(high_x, rest, made, input_precision=PRECISION, out_dtype=NUMBER)
     return made
 
 
@@ -84,6 +96,7 @@ def before_function(
     shift,
     F: tl.constexpr,
     D: tl.constexpr,
+    ACROSS: tl.constexpr,
     PROJECT: tl.constexpr,
     PRECISION: tl.constexpr,
     NUMBER: tl.constexpr,
@@ -94,19 +107,30 @@ def before_function(
     Args:
         row_at: where rows start; real: which there are. block: of features; count: how many there
             are. ROWS_OF: the rows of the projection, `[count, width]` in NUMBER. shift `[R]`.
+        ACROSS: transpose, `[F, R]`. Products are made so in the first place: Triton before 3.7.1
+            miscompiles the transpose of a cast accumulator.
     """
     if PROJECT:
-        x = raw_rows(X, row_at, real, 0, width, D)
         f = block * F + tl.arange(0, F)
         d = tl.arange(0, D)
-        # Transposed as it is loaded.
-        at = ROWS_OF + f[None, :] * width + d[:, None]
-        rows_of = tl.load(at, (f < count)[None, :] & (d < width)[:, None], 0.0)
-        y = multiply(x, rows_of, PRECISION, NUMBER, INPUT) * scale - shift[:, None]
+        in_d = d < width
+        if ACROSS:
+            in_x = in_d[:, None] & real[None, :]
+            x = tl.load(X + row_at[None, :] + d[:, None], in_x, 0.0)
+            in_rows = (f < count)[:, None] & in_d[None, :]
+            rows_of = tl.load(ROWS_OF + f[:, None] * width + d[None, :], in_rows, 0.0)
+            y = multiply(rows_of, x, PRECISION, NUMBER, INPUT) * scale - shift[None, :]
+        else:
+            x = raw_rows(X, row_at, real, 0, width, D)
+            in_rows = in_d[:, None] & (f < count)[None, :]
+            rows_of = tl.load(ROWS_OF + f[None, :] * width + d[:, None], in_rows, 0.0)
+            y = multiply(x, rows_of, PRECISION, NUMBER, INPUT) * scale - shift[:, None]
     else:
         x = raw_rows(X, row_at, real, block, width, F)
+        if ACROSS:
+            x = tl.trans(x)
         y = x.to(NUMBER) * scale
-    finite = tl.max((~(tl.abs(x.to(NUMBER)) < float("inf"))).to(tl.int32), 1) == 0
+    finite = tl.max(not_finite(x.to(NUMBER)).to(tl.int32), 0 if ACROSS else 1) == 0
     return y, finite
 
 
@@ -126,6 +150,7 @@ def features(
     shift,
     F: tl.constexpr,
     D: tl.constexpr,
+    ACROSS: tl.constexpr,
     FUNCTION: tl.constexpr,
     PARTS: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -133,16 +158,19 @@ def features(
     NUMBER: tl.constexpr,
     INPUT: tl.constexpr,
 ):
-    """A block of features, `[R, F]` in INPUT, 0 outside; and which rows are finite, `[R]`.
+    """A block of features in INPUT, 0 outside, `[R, F]` (ACROSS: `[F, R]`); which rows are finite.
 
     Arguments as of `before_function`, and: position `[R]` and `turn`, radians a position.
     """
     y, finite = before_function(
         *(X, row_at, real, block, width, count, scale, ROWS_OF, shift),
-        *(F, D, PROJECT, PRECISION, NUMBER, INPUT),
+        *(F, D, ACROSS, PROJECT, PRECISION, NUMBER, INPUT),
     )
     phi = function_of(y, FUNCTION)
-    phi *= turn_of(position, part, turn, NUMBER, PARTS)[:, None]
-    f = block * F + tl.arange(0, F)
-    phi = tl.where(real[:, None] & (f < count)[None, :], phi, 0.0)
+    factor = turn_of(position, part, turn, NUMBER, PARTS)
+    real_f = block * F + tl.arange(0, F) < count
+    if ACROSS:
+        phi = tl.where(real_f[:, None] & real[None, :], phi * factor[None, :], 0.0)
+    else:
+        phi = tl.where(real[:, None] & real_f[None, :], phi * factor[:, None], 0.0)
     return phi.to(INPUT), finite

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .features import features, multiply, number_of, raw_rows
+from .features import features, multiply, not_finite, number_of, raw_rows
 from .states import power_of
 
 
@@ -14,11 +14,6 @@ def decay_of(LOGS, head, query, key, NUMBER: tl.constexpr, DECAY: tl.constexpr):
     """`gamma ** (i - j)` for broadcast positions, 1 where j > i."""
     distance = query - key
     return power_of(LOGS, head, tl.where(distance > 0, distance, 0), NUMBER, DECAY)
-
-
-@triton.jit
-def not_finite(x):
-    return ~(tl.abs(x) < float("inf"))
 
 
 @triton.jit(do_not_specialize=["width", "value_width", "count", "rows"])
@@ -47,7 +42,7 @@ def shifts(
     D: tl.constexpr,
     F: tl.constexpr,
 ):
-    """What the exponents of a row are lowered by, `[B, H, n]`: their greatest if MOST, else half the
+    """What exponents are lowered by, `[B, H, n]`: the greatest of the row if MOST, else half the
     square of the row; and `drop`. Program (tile of rows, head, batch row)."""
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -177,7 +172,7 @@ def outputs(
         part = b // blocks
         phi, _ = features(
             *(Q, q_at, real, position, block, part, width, count, scale, turn, ROWS_OF, shift),
-            *(F, D, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+            *(F, D, False, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
         )
         f = block * F + tl.arange(0, F)
         in_state = f < count
@@ -220,16 +215,14 @@ def outputs(
                 part = b // blocks
                 phi, _ = features(
                     *(Q, q_at, real, position, block, part, width, count, scale, turn, ROWS_OF),
-                    *(shift, F, D, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+                    *(shift, F, D, False, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
                 )
                 phi_k, finite = features(
                     *(K, k_at, there, key, block, part, width, count, key_scale, turn, ROWS_OF),
-                    *(key_shift, F, D, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+                    *(key_shift, F, D, True, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
                 )
                 fine = fine & finite
-                scores = tl.dot(
-                    phi, tl.trans(phi_k), scores, input_precision=PRECISION, out_dtype=NUMBER
-                )
+                scores = tl.dot(phi, phi_k, scores, input_precision=PRECISION, out_dtype=NUMBER)
             seen = (key[None, :] <= position[:, None]) & there[None, :]
             scores *= decay_of(LOGS, head, position[:, None], key[None, :], NUMBER, DECAY)
             scores = tl.where(seen, scores, 0.0)

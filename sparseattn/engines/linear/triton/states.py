@@ -100,10 +100,7 @@ def sums(
     state = tl.zeros([F, E], NUMBER)
     ones = tl.zeros([F], NUMBER)
     for member in range(0, heads):
-        if OF_QUERIES:
-            own = head * heads + member
-        else:
-            own = head // (groups if DECAY else 1)
+        own = head * heads + member if OF_QUERIES else head // (groups if DECAY else 1)
         for at in range(start, stop, ROWS):
             row = at + tl.arange(0, ROWS)
             real = row < stop
@@ -118,7 +115,7 @@ def sums(
             phi, _ = features(
                 *(X, batch * x_batch + own * x_head + place * x_row, real, offset + row),
                 *(block, part, width, count, scale, turn, ROWS_OF, shift),
-                *(F, D, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+                *(F, D, True, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
             )
             value_at = batch * value_batch + own * value_head + place * value_row
             in_value = real[:, None] & (e < value_width)[None, :]
@@ -133,9 +130,9 @@ def sums(
             if DECAY or OF_QUERIES:
                 value = value.to(NUMBER) * by[:, None]
             value = value.to(INPUT)
-            state = tl.dot(tl.trans(phi), value, state, input_precision=PRECISION, out_dtype=NUMBER)
+            state = tl.dot(phi, value, state, input_precision=PRECISION, out_dtype=NUMBER)
             if NORMALIZE:
-                ones += tl.sum(phi.to(NUMBER) * one[:, None], 0)
+                ones += tl.sum(phi.to(NUMBER) * one[None, :], 1)
 
     f = block * F + tl.arange(0, F)
     real = f < count
@@ -169,9 +166,9 @@ def scan(
 ):
     """Program (run x block of a state, head, batch row): what each span meets, in place of its sum.
 
-    Sums are carried in float64, and rounded once for each span. BEGIN (if BEGINS) is the state before
-    the first span, in reverse after the last; END takes the last one. Both are float64, with the
-    strides of one slot.
+    Sums are carried in float64, and rounded once for each span. BEGIN (if BEGINS) is the state
+    before the first span, in reverse after the last; END takes the last one. Both are float64, with
+    the strides of one slot.
     """
     blocks = (size + BLOCK - 1) // BLOCK
     run = RUNS + tl.program_id(0) // blocks * 9
