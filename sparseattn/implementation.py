@@ -34,6 +34,13 @@ class Implementation:
     name: ClassVar[str] = ""
     on_request: ClassVar[bool] = False
 
+    def missing(self) -> list[str]:
+        """What this machine lacks for any call, such as a library: `check` then skips it.
+
+        `supports` says so too.
+        """
+        return []
+
     def supports(self, mechanism: Mechanism, call: AttentionCall) -> list[str]:
         """Why this implementation cannot serve the call; empty when it can.
 

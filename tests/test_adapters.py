@@ -9,17 +9,17 @@ from typing import Any
 import adapted_libraries
 import plugin_farm
 import pytest
-import sparseattn_fla
-import sparseattn_flash_attn
-import sparseattn_flex
 import torch
-from sparseattn_flex import clauses, plan
 from torch import Tensor
 
 import sparseattn as sa
+import sparseattn_fla
+import sparseattn_flash_attn
+import sparseattn_flex
 from sparseattn import registry
 from sparseattn.testing import checks_for
 from sparseattn.testing.budgets import Budgets
+from sparseattn_flex import clauses, plan
 
 _LISTED = sa.BlockLayout([0, 2, 2, 5, 7], [0, 3, 0, 1, 6, 2, 3], 48)
 PATTERNS = [

@@ -16,55 +16,51 @@ import sparseattn as sa
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
-def _installed() -> bool:
-    return importlib.util.find_spec("fla") is not None
-
-
-def _reasons(call: sa.AttentionCall) -> list[str]:
-    """What holds for both kernels."""
-    reasons = []
-    if not _installed():
-        reasons.append(
-            "flash-linear-attention is not installed: pip install flash-linear-attention"
-        )
-    if call.device.type != "cuda":
-        reasons.append(f"fla's kernels need a GPU, and the tensors are on {call.device.type}")
-    if call.dtype not in _DTYPES:
-        reasons.append(
-            f"fla's chunked kernels take float16 and bfloat16, and round the products of float32 to "
-            f"TF32: not {call.dtype}"
-        )
-    if not call.causal:
-        reasons.append("fla's chunked kernels are causal: pass causal=True")
-    if isinstance(call.offset, Tensor) or call.n != call.m or call.offset != 0:
-        reasons.append("fla's chunked kernels take as many keys as queries, and no q_offset")
-    if call.q_heads != call.kv_heads:
-        reasons.append(
-            f"fla's chunked kernels take as many heads of keys as of queries, not "
-            f"{call.kv_heads} for {call.q_heads}"
-        )
-    if call.q_segments is not None:
-        reasons.append("it takes no segments")
-    sizes = (call.batch, call.q_heads, call.n, call.head_dim, call.value_dim)
-    if not all(sizes):
-        reasons.append("fla takes no empty tensor")
-    return reasons
-
-
 def _masked(x: Tensor, call: sa.AttentionCall) -> Tensor:
     """Keys or values with 0 for those that are hidden, which then weigh nothing."""
     return x if call.key_mask is None else x.masked_fill(~call.key_mask[:, None, :, None], 0)
 
 
-class ChunkedLinear(sa.Implementation):
-    """`fla.ops.linear_attn.chunk_linear_attn`, with features and normaliser made by torch."""
+class _Chunked(sa.Implementation):
+    """What holds for both kernels."""
 
     name = "fla"
     on_request = True
     compiles = True
 
+    def missing(self) -> list[str]:
+        if importlib.util.find_spec("fla") is None:
+            return ["flash-linear-attention is not installed: pip install flash-linear-attention"]
+        return []
+
     def supports(self, mechanism: sa.Mechanism, call: sa.AttentionCall) -> list[str]:
-        return _reasons(call)
+        reasons = self.missing()
+        if call.device.type != "cuda":
+            reasons.append(f"fla's kernels need a GPU, and the tensors are on {call.device.type}")
+        if call.dtype not in _DTYPES:
+            reasons.append(
+                f"fla's chunked kernels take float16 and bfloat16, and round the products of "
+                f"float32 to TF32: not {call.dtype}"
+            )
+        if not call.causal:
+            reasons.append("fla's chunked kernels are causal: pass causal=True")
+        if isinstance(call.offset, Tensor) or call.n != call.m or call.offset != 0:
+            reasons.append("fla's chunked kernels take as many keys as queries, and no q_offset")
+        if call.q_heads != call.kv_heads:
+            reasons.append(
+                f"fla's chunked kernels take as many heads of keys as of queries, not "
+                f"{call.kv_heads} for {call.q_heads}"
+            )
+        if call.q_segments is not None:
+            reasons.append("it takes no segments")
+        sizes = (call.batch, call.q_heads, call.n, call.head_dim, call.value_dim)
+        if not all(sizes):
+            reasons.append("fla takes no empty tensor")
+        return reasons
+
+
+class ChunkedLinear(_Chunked):
+    """`fla.ops.linear_attn.chunk_linear_attn`, with features and normaliser made by torch."""
 
     def run(
         self,
@@ -91,15 +87,8 @@ class ChunkedLinear(sa.Implementation):
         return out.to(q.dtype), None
 
 
-class ChunkedRetention(sa.Implementation):
+class ChunkedRetention(_Chunked):
     """`fla.ops.retention.chunk_retention`: the same decay a head, `1 - 2 ** (-5 - h)`."""
-
-    name = "fla"
-    on_request = True
-    compiles = True
-
-    def supports(self, mechanism: sa.Mechanism, call: sa.AttentionCall) -> list[str]:
-        return _reasons(call)
 
     def run(
         self,

@@ -19,10 +19,6 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _MOST_WIDTH = 256
 
 
-def _installed() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
-
-
 @functools.lru_cache(maxsize=64)
 def _band(
     mechanism: sa.MaskedSoftmax, n: int, m: int, causal: bool
@@ -49,10 +45,13 @@ class FlashAttn(sa.Implementation):
     name = "flash_attn"
     on_request = True
 
+    def missing(self) -> list[str]:
+        if importlib.util.find_spec("flash_attn") is None:
+            return ["flash-attn is not installed: pip install flash-attn"]
+        return []
+
     def supports(self, mechanism: sa.Mechanism, call: sa.AttentionCall) -> list[str]:
-        reasons = []
-        if not _installed():
-            reasons.append("flash-attn is not installed: pip install flash-attn")
+        reasons = self.missing()
         if call.device.type != "cuda":
             reasons.append(f"flash-attn needs a GPU, and the tensors are on {call.device.type}")
         if call.dtype not in _DTYPES:

@@ -29,7 +29,7 @@ MECHANISMS = (
 )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _missing(device: str, compiler: str) -> list[str]:
     """What the machine lacks to compile for a device."""
     if device == "cuda":
@@ -90,6 +90,10 @@ class Flex(sa.Implementation):
     name = "flex"
     on_request = True
     compiles = True
+
+    def missing(self) -> list[str]:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return list(_missing(device, os.environ.get("CXX", "g++")))
 
     def supports(self, mechanism: sa.Mechanism, call: sa.AttentionCall) -> list[str]:
         if torch.compiler.is_compiling():

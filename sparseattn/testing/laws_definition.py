@@ -80,7 +80,7 @@ def serves_the_basic_call(subject: Subject, case: Case) -> None:
     (Case(16),),
 )
 def every_implementation_serves(subject: Subject, case: Case) -> None:
-    """Binds all natures; one that says it needs a device that is not here is skipped."""
+    """Binds all natures; one that says it needs a device or library that is not here is skipped."""
     reasons = []
     for plain in _plainest(case):
         x = plain.inputs()
@@ -95,6 +95,8 @@ def every_implementation_serves(subject: Subject, case: Case) -> None:
         hold(subject.budgets(plain, x).out(out), "out against the definition in float64")
         return
     assert subject.impl is not None
+    if reasons and (missing := subject.impl.missing()):
+        raise Unavailable("; ".join(missing))
     for plain in _plainest(case) if not torch.cuda.is_available() and reasons else ():
         # `supports` reads no values: it can be asked about a device that is not here.
         call = subject.call(plain.inputs()).replace(device=torch.device("cuda"))
