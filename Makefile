@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: demo demo-model test bench lint clean
+.PHONY: demo demo-model test bench gpu lint clean
 
 # The versions of Triton that kernels are tested with: the oldest that serves, and the newest.
 TRITON ?= 3.6.0 $(shell $(PYTHON) -c "import sys; print('3.9.0' if sys.version_info >= (3, 11) else '3.8.0')")
@@ -48,6 +48,10 @@ bench: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/targets.py
 	$(BIN)/sparseattn bench
+
+# What the kernels compile to; on a GPU, whether they are right and how fast, within 8 minutes.
+gpu: $(BIN)/.installed $(lastword $(TRITON_FOLDERS))/.installed
+	$(BIN)/python benchmarks/gpu.py --triton $(lastword $(TRITON_FOLDERS))
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff format --check .

@@ -175,12 +175,12 @@ def linear_row(batch: int, n: int, heads: int, width: int) -> Row:
     return Row("linear forward", call, flops, float(size), whole, float(size + 4 * states))
 
 
-def decode_row(batch: int, n: int, kv_heads: int, width: int = 128) -> Row:
+def decode_row(batch: int, n: int, kv_heads: int, width: int = 128, heads: int = HEADS) -> Row:
     """One new token over keys and values that are read once."""
-    size = batch * (2 * n * kv_heads + 2 * HEADS) * width * 2
-    flops = 4.0 * batch * HEADS * n * width
+    size = batch * (2 * n * kv_heads + 2 * heads) * width * 2
+    flops = 4.0 * batch * heads * n * width
     rows = config.decode_tiles(H100, torch.bfloat16, width).rows
-    visited = flops * max(1, rows * kv_heads / HEADS)
+    visited = flops * max(1, rows * kv_heads / heads)
     call = f"decode B={batch}, N={n}, kv heads {kv_heads}"
     return Row("decode", call, flops, float(size), visited, float(size))
 
