@@ -32,9 +32,9 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-_HALF = Tiles(64, 128, 128, 4, 2)
-_SINGLE = Tiles(64, 64, 64, 8, 1)
-_DOUBLE = Tiles(16, 32, 32, 4, 1)
+_HALF = Tiles(64, 64, 64, 8, 2)
+_SINGLE = Tiles(32, 32, 32, 4, 1)
+_DOUBLE = Tiles(16, 16, 16, 4, 1)
 _INTERPRETED = Tiles(64, 128, 128, 4, 1)
 
 
