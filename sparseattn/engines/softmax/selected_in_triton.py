@@ -37,14 +37,14 @@ class Places(NamedTuple):
 
     Attributes:
         blocks: int32 `[J, 3]`: batch row, first key, and where the run's keys end.
-        first, count: int32 `[B, N]`: the number of the first block of a query's run, and how many
+        first, reach: int32 `[B, N]`: the number of the first block of a query's run, and how many
             of its blocks have a key that the query may see. Both are 0 where a query is in no run.
         stops: int32 `[B, N]`: where the keys that it may see end, as a place among M.
     """
 
     blocks: Tensor
     first: Tensor
-    count: Tensor
+    reach: Tensor
     stops: Tensor
 
 
@@ -78,7 +78,7 @@ class Members(NamedTuple):
 
 def places(call: AttentionCall, runs: list[Run], block: int) -> Places:
     """The places of a call's blocks of `block` keys."""
-    first, count, stops = (np.zeros((call.batch, call.n), dtype=np.int32) for _ in range(3))
+    first, reach, stops = (np.zeros((call.batch, call.n), dtype=np.int32) for _ in range(3))
     blocks: list[np.ndarray] = []
     taken = 0
     for run in runs:
@@ -91,26 +91,13 @@ def places(call: AttentionCall, runs: list[Run], block: int) -> Places:
         table[:, 2] = run.keys.stop
         for batch in range(run.batch.start, run.batch.stop):
             first[batch, run.queries] = taken
-            count[batch, run.queries] = -(-seen // block)
+            reach[batch, run.queries] = -(-seen // block)
             stops[batch, run.queries] = run.keys.start + seen
             blocks.append(table.copy())
             blocks[-1][:, 0] = batch
             taken += each
-    whole = (np.concatenate(blocks), first, count, stops)
+    whole = (np.concatenate(blocks), first, reach, stops)
     return Places(*(torch.from_numpy(x).to(call.device) for x in whole))
-
-
-class _Named(NamedTuple):
-    """A selection in the order of its tiles.
-
-    Attributes:
-        codes: int `[L, E]`, for each list its choices as `block * rows + row`, ascending;
-            `nothing` where a choice names no visible key.
-        repeated: bool `[L, E]`, where a choice is the one before it again: a set counts it once.
-    """
-
-    codes: Tensor
-    repeated: Tensor
 
 
 class Selection:
@@ -136,14 +123,14 @@ class Selection:
         self.nothing = self.blocks * rows
         few = self.nothing + rows < 2**31
         ids = call.selection
-        first, count = found.first[:, None, :, None], found.count[:, None, :, None]
-        named = (ids >= 0) & (ids < count)
+        first, reach = found.first[:, None, :, None], found.reach[:, None, :, None]
+        named = (ids >= 0) & (ids < reach)
         dtype = torch.int32 if few else torch.int64
         codes = torch.where(named, (ids + first).to(dtype) * rows, self.nothing)
         short = self.tiles * queries - call.n
         codes = torch.nn.functional.pad(codes, (0, 0, 0, short), value=self.nothing)
         # [B, head block, head, tile, query, S]: a tile's rows are queries, and heads within each.
-        codes = codes.view(call.batch, self.heads, pack, self.tiles, queries, ids.shape[-1])
+        codes = codes.reshape(call.batch, self.heads, pack, self.tiles, queries, ids.shape[-1])
         codes = codes.permute(0, 1, 3, 4, 2, 5)
         row = torch.arange(queries * pack, device=ids.device, dtype=dtype).view(queries, pack, 1)
         codes = torch.where(codes < self.nothing, codes + row, self.nothing)
@@ -187,8 +174,8 @@ class Selection:
         once[:, 1:] &= codes[:, 1:] != codes[:, :-1]
         last = self.blocks * call.kv_heads
         dtype = torch.int32 if last < 2**31 else torch.int64
-        where = (codes // self.rows) * call.kv_heads + kv_head.to(codes.dtype)
-        where = torch.where(once, where, last).to(dtype).flatten()
+        where = (codes // self.rows).to(dtype) * call.kv_heads + kv_head.to(dtype)
+        where = torch.where(once, where, last).flatten()
         where, order = where.sort(stable=True)
         row = (codes.flatten()[order] % self.rows).long()
         index = order // width
@@ -238,7 +225,7 @@ class _Selected:
 
     def constants(self, tiles: Tiles, **more: Any) -> dict[str, Any]:
         made = self.shared.constants(tiles, band=False)
-        for word in ("BAND", "EVEN", "PACK"):
+        for word in ("BAND", "PACK"):
             del made[word]
         return {**made, "BLOCK": self.block, **more}
 

@@ -1,14 +1,14 @@
 """Selections: every query and head has its own list of key blocks.
 
 Rows of a tile are the query heads of a group and, for blocks of 16 keys or more, neighbouring
-queries: a tensor core takes 16 rows at once anyway. A tile goes once over the union of what its rows
-chose, and a bit a row says who chose what, so that a block that many rows share is read once. Other
-rows' blocks change no bit of a row: a step lies within one block, and hides it from the row whole.
-For narrower blocks one step takes keys of several blocks, and a tile has one query alone.
+queries: a tensor core takes 16 rows at once anyway. A tile goes once over the union of what its
+rows chose, and a bit a row says who chose what, so that a block that many rows share is read once.
+The other rows' blocks change no bit of a row: a step lies within one block, and a row sees its
+choice or nothing. For narrower blocks a step takes several blocks, and a tile has one query alone.
 
-The gradients of keys and values go over the transposed lists: for each block the rows that chose it,
-gathered into dense tiles. Every sum is taken by one program in one order: no atomics, the same bits
-every time. Softmax and its gradient are as in `forward` and `backward`.
+The gradients of keys and values go over the transposed lists: for each block the rows that chose
+it, gathered into dense tiles. Every sum is taken by one program in one order: no atomics, the same
+bits every time. Softmax and its gradient are as in `forward` and `backward`.
 """
 
 from __future__ import annotations
@@ -34,26 +34,38 @@ def step_of_list(
     KEYS: tl.constexpr,
     HOLES: tl.constexpr,
 ):
-    """Step `at` of a tile's list: its keys `[KEYS]`, and which rows see them `[ROWS, KEYS]`.
+    """Step `at` of a tile's list: a first key, the KEYS keys after it, and who sees them.
 
-    AT, BITS: the tile's list, `count` entries. stop `[ROWS]`: where the visible keys of a row end.
-    A block takes SPAN places of the list, of which the first BLOCK are its keys.
+    AT, BITS: the tile's list, of `count` entries. stop `[ROWS]`: where the visible keys of a row
+    end. A block takes SPAN places of the list, of which the first BLOCK are its keys.
+
+    Returns:
+        base: a position. ahead `[KEYS]`: the keys less base. seen: bool `[ROWS, KEYS]`.
     """
-    place = at + tl.arange(0, KEYS)
-    entry = place // SPAN
-    within = place % SPAN
-    there = entry < count
-    key = tl.load(AT + entry, mask=there, other=0) + within
-    if SPAN > BLOCK:
-        there = there & (within < BLOCK)
-    bits = tl.load(BITS + entry, mask=there, other=0)
+    span = tl.arange(0, KEYS)
+    if SPAN % KEYS == 0:
+        # One block, or a part of it: offsets from its start are 32 bits wide.
+        part = at % SPAN
+        base = tl.load(AT + at // SPAN) + part
+        ahead = span
+        bits = tl.load(BITS + at // SPAN)
+        if SPAN > BLOCK:
+            bits = tl.where(part + span < BLOCK, bits, 0)
+        else:
+            bits = tl.broadcast_to(bits, [KEYS])
+    else:
+        place = at + span
+        there = place < count * SPAN
+        base = tl.full([], 0, tl.int32)
+        ahead = (tl.load(AT + place // SPAN, mask=there, other=0) + place % SPAN).to(tl.int64)
+        bits = tl.load(BITS + place // SPAN, mask=there, other=0)
+    key = base + ahead
     if HOLES:
-        # Where a block reaches past the keys, nothing is read: no row sees so far.
-        most = tl.max(stop, 0)
-        there = tl.load(KEY_MASK + key, mask=there & (key < most), other=0) != 0
-        bits = tl.where(there, bits, 0)
+        # A block may reach past the keys, where no row sees.
+        bits = tl.where(key < tl.max(stop, 0), bits, 0)
+        bits = tl.where(tl.load(KEY_MASK + key, mask=bits != 0, other=0) != 0, bits, 0)
     chosen = ((bits[None, :] >> row[:, None]) & 1) != 0
-    return key, chosen & (key[None, :] < stop[:, None])
+    return base, ahead, chosen & (key[None, :] < stop[:, None])
 
 
 @triton.jit(
@@ -110,8 +122,9 @@ def forward_selected(
     KEYS: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    """Program (tile of queries, head block, batch row); lists as `selected_in_triton.Lists` has them.
+    """Program (tile of queries, head block, batch row); `selected_in_triton.Lists`.
 
     `n` queries in `tiles` tiles; lists are `width` wide. Rows of a tile: QUERIES times PACK heads.
     """
@@ -127,10 +140,13 @@ def forward_selected(
     stop = tl.load(STOPS + batch * n + place, mask=real, other=0)
     d = tl.arange(0, D)
     e = tl.arange(0, DV)
+    # Masks along a row would make its loads narrow: where all is EVEN, there is none in the loop.
+    d_in = (d < head_dim)[None, :]
+    e_in = (e < value_dim)[None, :]
     q_at = batch * q_batch + (head * q_head + place * q_row)[:, None] + d[None, :]
-    q = tl.load(Q + q_at, mask=real[:, None] & (d < head_dim)[None, :], other=0.0).to(INPUT)
-    key_at = K + batch * k_batch + kv_head * k_head + d[None, :]
-    value_at = V + batch * v_batch + kv_head * v_head + e[None, :]
+    q = tl.load(Q + q_at, mask=real[:, None] & d_in, other=0.0).to(INPUT)
+    key_at = K + batch * k_batch + kv_head * k_head
+    value_at = V + batch * v_batch + kv_head * v_head
     hole_at = KEY_MASK + batch * mask_batch
     own = (batch * tl.num_programs(1) + tl.program_id(1)) * tiles + tl.program_id(0)
     count = tl.load(COUNTS + own)
@@ -139,14 +155,15 @@ def forward_selected(
     total = tl.zeros([ROWS], NUMBER)
     out = tl.zeros([ROWS, DV], NUMBER)
     for at in tl.range(0, count * SPAN, KEYS):
-        key, seen = step_of_list(
+        base, ahead, seen = step_of_list(
             *(AT + own * width, BITS + own * width, hole_at, at, count, row, stop),
             *(BLOCK, SPAN, KEYS, HOLES),
         )
         some = any_of(seen, 0)
-        offset = key.to(tl.int64)[:, None]
-        k = tl.load(key_at + offset * k_row, some[:, None] & (d < head_dim)[None, :], 0.0)
-        v = tl.load(value_at + offset * v_row, some[:, None] & (e < value_dim)[None, :], 0.0)
+        k_at = key_at + tl.cast(base, tl.int64) * k_row + (ahead[:, None] * k_row + d[None, :])
+        v_at = value_at + tl.cast(base, tl.int64) * v_row + (ahead[:, None] * v_row + e[None, :])
+        k = tl.load(k_at, some[:, None] if EVEN else some[:, None] & d_in, 0.0)
+        v = tl.load(v_at, some[:, None] if EVEN else some[:, None] & e_in, 0.0)
         total, top, out = take_keys(
             *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, cap),
             *(True, SOFTCAP, PRECISION, NUMBER, INPUT),
@@ -156,7 +173,7 @@ def forward_selected(
     tl.store(
         OUT + batch * out_batch + (head * out_head + place * out_row)[:, None] + e[None, :],
         out.to(OUT.dtype.element_ty),
-        mask=real[:, None] & (e < value_dim)[None, :],
+        mask=real[:, None] & e_in,
     )
     tl.store(LSE + batch * lse_batch + head * lse_head + place, lse, mask=real)
 
@@ -228,6 +245,7 @@ def grad_queries_selected(
     KEYS: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Program as in `forward_selected`; writes DQ and DELTA, `grad . out - grad_lse`.
 
@@ -246,8 +264,11 @@ def grad_queries_selected(
     stop = tl.load(STOPS + batch * n + place, mask=real, other=0)
     d = tl.arange(0, D)
     e = tl.arange(0, DV)
-    in_d = real[:, None] & (d < head_dim)[None, :]
-    in_e = real[:, None] & (e < value_dim)[None, :]
+    # Masks along a row would make its loads narrow: where all is EVEN, there is none in the loop.
+    d_in = (d < head_dim)[None, :]
+    e_in = (e < value_dim)[None, :]
+    in_d = real[:, None] & d_in
+    in_e = real[:, None] & e_in
     q_at = batch * q_batch + (head * q_head + place * q_row)[:, None] + d[None, :]
     q = tl.load(Q + q_at, mask=in_d, other=0.0).to(INPUT)
     grad_at = batch * grad_batch + (head * grad_head + place * grad_row)[:, None] + e[None, :]
@@ -262,22 +283,23 @@ def grad_queries_selected(
     tl.store(DELTA + lse_at, delta, mask=real)
     # A row that saw nothing has no powers.
     lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
-    key_at = K + batch * k_batch + kv_head * k_head + d[None, :]
-    value_at = V + batch * v_batch + kv_head * v_head + e[None, :]
+    key_at = K + batch * k_batch + kv_head * k_head
+    value_at = V + batch * v_batch + kv_head * v_head
     hole_at = KEY_MASK + batch * mask_batch
     own = (batch * tl.num_programs(1) + tl.program_id(1)) * tiles + tl.program_id(0)
     count = tl.load(COUNTS + own)
 
     dq = tl.zeros([ROWS, D], NUMBER)
     for at in tl.range(0, count * SPAN, KEYS):
-        key, seen = step_of_list(
+        base, ahead, seen = step_of_list(
             *(AT + own * width, BITS + own * width, hole_at, at, count, row, stop),
             *(BLOCK, SPAN, KEYS, HOLES),
         )
         some = any_of(seen, 0)
-        offset = key.to(tl.int64)[:, None]
-        k = tl.load(key_at + offset * k_row, some[:, None] & (d < head_dim)[None, :], 0.0)
-        v = tl.load(value_at + offset * v_row, some[:, None] & (e < value_dim)[None, :], 0.0)
+        k_at = key_at + tl.cast(base, tl.int64) * k_row + (ahead[:, None] * k_row + d[None, :])
+        v_at = value_at + tl.cast(base, tl.int64) * v_row + (ahead[:, None] * v_row + e[None, :])
+        k = tl.load(k_at, some[:, None] if EVEN else some[:, None] & d_in, 0.0)
+        v = tl.load(v_at, some[:, None] if EVEN else some[:, None] & e_in, 0.0)
         k = k.to(INPUT)
         dots = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
         s, bend = logits(dots, scale, cap, SOFTCAP)
@@ -346,8 +368,9 @@ def grad_keys_selected(
     KEYS: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    """Program (list, part of its block); lists as `selected_in_triton.Members` has them.
+    """Program (list, part of its block); `selected_in_triton.Members`.
 
     LSE and DELTA are `[B, Hq * n]`, as members count. Writes DK and DV_.
     """
@@ -368,10 +391,13 @@ def grad_keys_selected(
     at_key = key.to(tl.int64)
     d = tl.arange(0, D)
     e = tl.arange(0, DV)
+    # Masks along a row would make its loads narrow: where all is EVEN, there is none in the loop.
+    d_in = (d < head_dim)[None, :]
+    e_in = (e < value_dim)[None, :]
     k_at = batch * k_batch + (kv_head * k_head + at_key * k_row)[:, None] + d[None, :]
-    k = tl.load(K + k_at, mask=allowed[:, None] & (d < head_dim)[None, :], other=0.0).to(INPUT)
+    k = tl.load(K + k_at, mask=allowed[:, None] & d_in, other=0.0).to(INPUT)
     v_at = batch * v_batch + (kv_head * v_head + at_key * v_row)[:, None] + e[None, :]
-    v = tl.load(V + v_at, mask=allowed[:, None] & (e < value_dim)[None, :], other=0.0).to(INPUT)
+    v = tl.load(V + v_at, mask=allowed[:, None] & e_in, other=0.0).to(INPUT)
     dk = tl.zeros([KEYS, D], NUMBER)
     dv = tl.zeros([KEYS, DV], NUMBER)
 
@@ -379,9 +405,9 @@ def grad_keys_selected(
     stop = tl.load(STARTS + own + 1)
     for at in tl.range(start, stop, ROWS):
         place = at + tl.arange(0, ROWS)
-        member = tl.load(MEMBERS + place, mask=place < stop, other=0).to(tl.int64)
-        query = member % n
-        head = member // n
+        member = tl.load(MEMBERS + place, mask=place < stop, other=0)
+        query = (member % n).to(tl.int64)
+        head = (member // n).to(tl.int64)
         end = tl.load(STOPS + batch * n + query, mask=place < stop, other=0)
         seen = allowed[:, None] & (key[:, None] < end[None, :])
         # A row that sees nothing passes nothing on, whatever it holds.
@@ -391,9 +417,11 @@ def grad_keys_selected(
         lse = tl.where(some, lse, float("inf")) * LOG2E
         delta = tl.load(DELTA + batch * lse_batch + member, mask=some, other=0.0)
         q_at = batch * q_batch + (head * q_head + query * q_row)[:, None] + d[None, :]
-        q = tl.load(Q + q_at, some[:, None] & (d < head_dim)[None, :], 0.0).to(INPUT)
+        in_q = some[:, None] if EVEN else some[:, None] & d_in
+        q = tl.load(Q + q_at, in_q, 0.0).to(INPUT)
         grad_at = batch * grad_batch + (head * grad_head + query * grad_row)[:, None] + e[None, :]
-        grad = tl.load(GRAD + grad_at, some[:, None] & (e < value_dim)[None, :], 0.0).to(INPUT)
+        in_grad = some[:, None] if EVEN else some[:, None] & e_in
+        grad = tl.load(GRAD + grad_at, in_grad, 0.0).to(INPUT)
         dots = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=NUMBER)
         s, bend = logits(dots, scale, cap, SOFTCAP)
         powers = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
@@ -403,8 +431,8 @@ def grad_keys_selected(
         dk = tl.dot(d_dots.to(INPUT), q, dk, input_precision=PRECISION, out_dtype=NUMBER)
 
     dk_at = batch * dk_batch + (kv_head * dk_head + at_key * dk_row)[:, None] + d[None, :]
-    dk_in = there[:, None] & (d < head_dim)[None, :]
+    dk_in = there[:, None] & d_in
     tl.store(DK + dk_at, (dk * slope).to(DK.dtype.element_ty), mask=dk_in)
     dv_at = batch * dv_batch + (kv_head * dv_head + at_key * dv_row)[:, None] + e[None, :]
-    dv_in = there[:, None] & (e < value_dim)[None, :]
+    dv_in = there[:, None] & e_in
     tl.store(DV_ + dv_at, dv.to(DV_.dtype.element_ty), mask=dv_in)

@@ -24,30 +24,30 @@ class Selected(NamedTuple):
 
 _HALF: dict[str, dict[int, Selected]] = {
     "sm_90": {
-        64: Selected(Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2)),
-        128: Selected(Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 2), Tiles(64, 64, 8, 2)),
-        256: Selected(Tiles(16, 64, 4, 2), Tiles(16, 64, 8, 2), Tiles(32, 32, 8, 1)),
+        64: Selected(Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 2), Tiles(32, 64, 4, 2)),
+        128: Selected(Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 2)),
+        256: Selected(Tiles(16, 64, 8, 2), Tiles(16, 64, 8, 1), Tiles(32, 32, 8, 1)),
     },
     "sm_80": {
-        64: Selected(Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 2)),
-        128: Selected(Tiles(16, 64, 4, 2), Tiles(16, 64, 4, 2), Tiles(64, 64, 8, 1)),
-        256: Selected(Tiles(16, 64, 8, 2), Tiles(16, 32, 8, 2), Tiles(32, 32, 8, 1)),
+        64: Selected(Tiles(16, 64, 4, 2), Tiles(16, 64, 4, 2), Tiles(32, 64, 4, 1)),
+        128: Selected(Tiles(16, 64, 4, 2), Tiles(16, 64, 8, 2), Tiles(32, 64, 8, 1)),
+        256: Selected(Tiles(16, 64, 8, 2), Tiles(16, 32, 8, 1), Tiles(32, 32, 8, 1)),
     },
     "gfx": {
-        64: Selected(Tiles(16, 64, 4, 1), Tiles(16, 64, 4, 1), Tiles(64, 64, 4, 1)),
+        64: Selected(Tiles(16, 64, 4, 1), Tiles(16, 64, 4, 1), Tiles(32, 64, 4, 1)),
         128: Selected(Tiles(16, 64, 4, 1), Tiles(16, 64, 4, 1), Tiles(32, 64, 4, 1)),
         256: Selected(Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(32, 32, 4, 1)),
     },
 }
 _SINGLE: dict[int, Selected] = {
-    64: Selected(Tiles(16, 64, 4, 2), Tiles(16, 64, 4, 2), Tiles(32, 32, 4, 1)),
-    128: Selected(Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 2), Tiles(32, 32, 8, 1)),
-    256: Selected(Tiles(16, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    64: Selected(Tiles(16, 64, 4, 1), Tiles(16, 64, 4, 1), Tiles(32, 32, 4, 1)),
+    128: Selected(Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1)),
+    256: Selected(Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
 }
 _DOUBLE: dict[int, Selected] = {
     64: Selected(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
     128: Selected(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
-    256: Selected(Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    256: Selected(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
 }
 _INTERPRETED = Selected(Tiles(16, 64, 4, 1), Tiles(16, 64, 4, 1), Tiles(64, 64, 4, 1))
 
