@@ -180,3 +180,15 @@ def representative() -> list[Call]:
             one = _hard(Call(spec, dtype, width, few=few))
             made += [one, replace(one, backward=True)]
     return [*made, *_mechanisms((_HALF,), (64,))]
+
+
+def brief() -> list[Call]:
+    """What the tests compile: each kernel of both engines, at one width."""
+    names = ("topk_blocks", "linear", "retention")
+    return [
+        Call(BAND, _HALF, 128, backward=True),
+        _hard(Call(LISTS, _HALF, 64, backward=True)),
+        Call(BAND, _SINGLE, 64, few=True),
+        Call(BAND, _HALF, 64, steps=1),
+        *(Call(default(name), _HALF, 64, backward=True) for name in names),
+    ]

@@ -59,7 +59,7 @@ class _ReadOnHost(Exception):
 
 
 class _NoScalars(TorchDispatchMode):
-    """Refuses to read a number from a tensor, but for those that were made from Python's numbers."""
+    """Refuses to read a number from a tensor, but for those made from Python's numbers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -103,7 +103,7 @@ def reasons_against(device: torch.device) -> list[str]:
 @contextlib.contextmanager
 def recording(on: Target, heard: Callable[[Launch], None]) -> Iterator[None]:
     """Within it, launchers choose what they would on the target, and `heard` takes each launch
-    down instead of running it: results hold no numbers. For one thread, as compile-only checks are."""
+    down instead of running it: results hold no numbers. For one thread."""
     global _recording
     before, _recording = _recording, (on, heard)
     try:

@@ -82,9 +82,10 @@ class TritonKernel:
         for piece in pieces(mechanism, q, k, v, call):
             piece.grad_queries(grad, length, mean, dq)
         if _lost(mechanism, length, k, call):
-            return KERNELS["linear:torch"].backward(
+            dq, dk, dv, _ = KERNELS["linear:torch"].backward(
                 mechanism, grad_out, grad_lse, q, k, v, out, lse, call
             )
+            return dq, dk, dv, None
         for piece in pieces(mechanism, q, k, v, call, reverse=True):
             piece.grad_keys(grad, length, mean, dk, dv)
         return dq, dk, dv, None

@@ -261,8 +261,8 @@ class Launcher:
         most = self.maps[1].lowered == "most"
         tiles, heads = self.plan.key_tiles, self.call.kv_heads
         self._gradient(grad_keys, tiles, heads, given, MOST=most)
-        given = (self.q, self.k, grad, length, dv, states, length)
-        self._gradient(grad_values, tiles, heads, given, blocks=self.value_blocks)
+        values = (self.q, self.k, grad, length, dv, states, length)
+        self._gradient(grad_values, tiles, heads, values, blocks=self.value_blocks)
 
 
 def _span() -> int:

@@ -145,18 +145,18 @@ class Slab:
         """As `Fused.grad_queries`."""
         on = self._features(grad_queries=True)
         d_phi = torch.zeros_like(on.q)
-        own = (x[self.queries] for x in (grad, length, mean))
-        _grad_queries(on, self._key_states(on), *own, d_phi)
+        g, total, middle = (x[self.queries] for x in (grad, length, mean))
+        _grad_queries(on, self._key_states(on), g, total, middle, d_phi)
         _pull_back(self.phi_q, self.x_q, d_phi, dq[self.queries])
 
     def grad_keys(self, grad: Tensor, length: Tensor, mean: Tensor, dk: Tensor, dv: Tensor) -> None:
         """As `Fused.grad_keys`."""
         on = self._features(grad_keys=True)
-        own = [x[self.queries] for x in (grad, length, mean)]
-        states = on.query_states(*own, self.carried.state)
+        g, total, middle = (x[self.queries] for x in (grad, length, mean))
+        states = on.query_states(g, total, middle, self.carried.state)
         self.carried.state = states.end
         d_phi = torch.zeros_like(on.k)
-        on.grad_keys(*own, d_phi, dv[self.keys], states)
+        on.grad_keys(g, total, middle, d_phi, dv[self.keys], states)
         into = dk[self.keys]
         _pull_back(self.phi_k, self.x_k, d_phi, into)
         if self.call.key_mask is not None:

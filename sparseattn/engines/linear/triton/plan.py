@@ -128,7 +128,9 @@ def _build(call: AttentionCall, runs: list[Run], span: int, rows: int) -> Plan:
             tables[4].append(_table(count, *_moved(key_tiles, 1, slots)))
             slots, count = slots + size, count + 1
     made = [torch.from_numpy(np.concatenate(x)).to(call.device) for x in tables]
-    return Plan(*made, slots)  # type: ignore[arg-type]
+    run_table, *spans_and_tiles = made
+    key_spans_, query_spans_, query_tiles_, key_tiles_ = spans_and_tiles
+    return Plan(run_table, key_spans_, query_spans_, query_tiles_, key_tiles_, slots)
 
 
 def _moved(columns: tuple[Any, ...], at: int, by: int) -> tuple[Any, ...]:

@@ -36,8 +36,8 @@ class Plan(NamedTuple):
         tiles: int32 `[T, 8]`: run, block of queries (transposed: of keys), and in a plan of lists
             where its entries start, where the partial ones do, and where they stop.
         cols, looks: int32 `[E]`: the other axis' blocks, and the mask tile of partial ones.
-        masks: int32 `[U, row block + 1, column block / 32]`, bits, the lowest first; the last row of
-            a tile is what any of its rows sees.
+        masks: int32 `[U, row block + 1, column block / 32]`, bits, the lowest first; the last
+            row of a tile is what any of its rows sees.
         band: whether it is a plan of bands, without lists.
     """
 

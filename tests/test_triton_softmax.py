@@ -1,0 +1,95 @@
+"""Static patterns on Triton's interpreter, each group in its own process; planted bugs are seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from test_triton_selections import PATIENCE, SOURCES, broken
+from triton_versions import TESTS, newest, run_python
+
+SCRIPT = TESTS / "triton_softmax.py"
+
+
+@pytest.mark.parametrize("group", ["bands", "lists", "few", "specialised"])
+def test_outputs_and_gradients_are_the_definition(group: str) -> None:
+    chosen = {"SPARSEATTN_TRITON_SPECIALISED": str(int(group == "specialised"))}
+    path = newest().path
+    printed = run_python(path, SCRIPT, group, interpret=True, timeout=PATIENCE, **chosen)
+    assert broken(printed) == []
+
+
+def test_conduct() -> None:
+    printed = run_python(newest().path, SCRIPT, "conduct", interpret=True, timeout=PATIENCE)
+    found = json.loads(printed.splitlines()[-1])
+    assert len(found) == 18
+    assert [name for name, holds in found.items() if not holds] == []
+
+
+PLANTS = {
+    "the right edge is one key late": (
+        "triton/plan.py",
+        "high = far if band[1] is None else min(max(run.offset + band[1], -far), far)",
+        "high = far if band[1] is None else min(max(run.offset + band[1] + 1, -far), far)",
+        {"out", "lse"},
+    ),
+    "the interior starts a block early": (
+        "triton/forward.py",
+        "inner = tl.maximum((tl.maximum(low + last, 0) + KEYS - 1) // KEYS * KEYS, begin)",
+        "inner = tl.maximum(tl.maximum(low + last, 0) // KEYS * KEYS, begin)",
+        {"out", "lse"},
+    ),
+    "another head of the group": (
+        "triton/forward.py",
+        "kv_head = (tl.program_id(1) * PACK // groups).to(tl.int64)",
+        "kv_head = (tl.program_id(1) * PACK % (groups // PACK)).to(tl.int64)",
+        {"out"},
+    ),
+    "delta without the slope of lse": (
+        "triton/backward.py",
+        "delta -= tl.load(GRAD_LSE + lse_at, mask=real, other=0.0).to(NUMBER)",
+        "delta -= 0.0",
+        {"dq", "dk"},
+    ),
+    "one head of a group is left out": (
+        "triton/backward.py",
+        "for group in range(0, groups):",
+        "for group in range(0, tl.maximum(groups - 1, 1)):",
+        {"dk", "dv"},
+    ),
+    "a list lacks its last entry": (
+        "triton/plan.py",
+        "(found.indptr[:-1], found.partial, found.indptr[1:])",
+        "(found.indptr[:-1], found.partial, found.indptr[1:] - 1)",
+        {"out"},
+    ),
+    "parts are merged as if alike": (
+        "triton/decode.py",
+        "weight = tl.exp2(lse - anchor)",
+        "weight = tl.where(there, 1.0, 0.0).to(NUMBER)",
+        {"out"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_planted_bug_is_seen(name: str, tmp_path: Path) -> None:
+    where, sound, planted, words = PLANTS[name]
+    copy = tmp_path / "sparseattn"
+    shutil.copytree(SOURCES, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    path = copy / "engines" / "softmax" / where
+    text = path.read_text()
+    assert text.count(sound) == 1
+    path.write_text(text.replace(sound, planted))
+    version = newest()
+    folders = [str(tmp_path), str(TESTS), *([str(version.path)] if version.path else [])]
+    printed = run_python(
+        *(version.path, SCRIPT, "small"),
+        interpret=True,
+        timeout=PATIENCE,
+        PYTHONPATH=os.pathsep.join(folders),
+    )
+    assert {line.split(":")[0].split(", ")[1] for line in broken(printed)} >= words

@@ -1,0 +1,75 @@
+"""Kernelised mechanisms on Triton's interpreter, for `test_triton_linear`: `triton_linear.py NAME`.
+
+Prints the verdicts of a group of calls as JSON: outputs and gradients against their budgets. Maps
+that are fused in the kernels are held to `feature_map`, which the definition is made of.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from triton_selections import qkv
+
+import sparseattn as sa
+from sparseattn.call import AttentionCall
+from sparseattn.testing.budgets import Budgets
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+MECHANISMS = ("linear", "cosformer", "retention", "performer(features=32)", "taylor")
+Case = tuple[str, list[torch.Tensor], dict[str, Any]]
+
+
+def mechanisms() -> Iterator[Case]:
+    for spec in MECHANISMS:
+        yield spec, qkv(300, 290, 2, 1, 16, F32, 20), {"causal": True}
+        if spec != "retention":
+            yield spec, qkv(100, 130, 2, 2, 24, F32, 16), {}
+
+
+def halves() -> Iterator[Case]:
+    for spec in MECHANISMS:
+        for dtype in (BF16, F16):
+            yield spec, qkv(100, 130, 2, 1, 16, dtype), {"causal": True}
+
+
+def masked() -> Iterator[Case]:
+    mask = torch.ones(2, 100, dtype=torch.bool)
+    mask[0, 9::3] = False
+    mask[1, :20] = False
+    packed = torch.tensor([[0] * 30 + [1] * 50 + [2] * 20, [5] * 70 + [6] * 30])
+    for spec in ("linear", "retention"):
+        yield spec, qkv(100, 100, 2, 1, 16, F32), {"causal": True, "key_mask": mask}
+        yield spec, qkv(100, 100, 4, 2, 16, F32), {"causal": True, "q_segments": packed}
+
+
+def small() -> Iterator[Case]:
+    """What planted bugs are looked for with."""
+    yield "linear", qkv(300, 300, 4, 2, 16, F32), {"causal": True}
+    yield "retention", qkv(300, 300, 2, 1, 16, F32), {"causal": True}
+
+
+GROUPS = {f.__name__: f for f in (mechanisms, halves, masked, small)}
+
+
+def main(name: str) -> None:
+    found = {}
+    for at, (spec, x, kw) in enumerate(GROUPS[name]()):
+        out = sa.attention(*x, spec, impl="triton", **kw)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
+        grads = torch.autograd.grad(out, x, grad)
+        x = [t.detach() for t in x]
+        call = AttentionCall.make(*x, **kw)
+        budgets = Budgets(sa.mechanism(spec), *x, call, (grad, None))
+        verdicts = zip(
+            ("out", "dq", "dk", "dv"), (budgets.out(out), *budgets.grads(grads)), strict=True
+        )
+        found[f"{at} {spec} {out.dtype}"] = [(w, one.error, one.budget) for w, one in verdicts]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
