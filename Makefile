@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: demo demo-model test bench gpu lint clean
+.PHONY: demo demo-model test test-long bench gpu lint clean
 
 # The versions of Triton that kernels are tested with: the oldest that serves, and the newest.
 TRITON ?= 3.6.0 $(shell $(PYTHON) -c "import sys; print('3.9.0' if sys.version_info >= (3, 11) else '3.8.0')")
@@ -42,6 +42,11 @@ demo-model: $(VENV)/hamlet.txt
 test: $(BIN)/.installed $(TRITON_FOLDERS:%=%/.installed)
 	OMP_NUM_THREADS=1 SPARSEATTN_TRITON=$(subst $(space),:,$(strip $(TRITON_FOLDERS))) \
 	  $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Every kernel configuration on the interpreter, and every planted bug: about half an hour.
+test-long: $(BIN)/.installed $(TRITON_FOLDERS:%=%/.installed)
+	OMP_NUM_THREADS=1 SPARSEATTN_TRITON=$(subst $(space),:,$(strip $(TRITON_FOLDERS))) \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal -m long
 
 # Not part of the tests: no test asserts a time.
 bench: $(BIN)/.installed

@@ -35,7 +35,8 @@ class Implementation:
     on_request: ClassVar[bool] = False
 
     def missing(self) -> list[str]:
-        """What this machine lacks for any call, such as a library: `check` then skips it.
+        """What this machine lacks for any call, such as a library: `check` then leaves it out, or
+        where it is asked for by name says so.
 
         `supports` says so too.
         """
@@ -108,6 +109,9 @@ class EngineImplementation(Implementation):
         self.name = name  # type: ignore[misc]
         self.engine = engine
         self.kernel = f"{engine}:{name}"
+
+    def missing(self) -> list[str]:
+        return op.KERNELS[self.kernel].missing()
 
     def supports(self, mechanism: Mechanism, call: AttentionCall) -> list[str]:
         return op.KERNELS[self.kernel].supports(mechanism, call)

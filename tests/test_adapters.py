@@ -185,7 +185,8 @@ def test_flex_serves_other_sizes_without_compiling_again():
     from sparseattn_flex import compiled
 
     spec, _, kw = COMPILED[0]
-    sa.attention(*tensors(140, 170), spec, impl="flex", **kw)
+    for sizes in ((140, 170), (200, 260)):  # the second makes sizes symbols
+        sa.attention(*tensors(*sizes), spec, impl="flex", **kw)
     stats = torch._dynamo.utils.counters["stats"]
     before = len(compiled._made), stats["unique_graphs"]
     # More queries than keys: the first of them see nothing, and their outputs are 0.

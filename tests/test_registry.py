@@ -59,7 +59,7 @@ def test_the_built_in_mechanisms_are_listed():
     assert by_name["block_sparse"].options["layout"].required
     assert by_name["full"].options == {}
     assert {r.name: r.status for r in registry.diagnose()} == dict.fromkeys(
-        ("full", "windowed", "block_sparse", "linear"), "loaded"
+        ("full", "windowed", "block_sparse", "linear", "flex", "flash_attn", "fla"), "loaded"
     )
 
 

@@ -31,12 +31,18 @@ def broken(printed: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("group", ["budgets", "tables", "small"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "group", ["small", *(pytest.param(x, marks=LONG) for x in ("budgets", "tables"))]
+)
 def test_outputs_and_gradients_are_the_definition(group: str) -> None:
     printed = run_python(newest().path, SCRIPT, group, interpret=True, timeout=PATIENCE)
     assert broken(printed) == []
 
 
+@LONG
 def test_conduct() -> None:
     printed = run_python(newest().path, SCRIPT, "conduct", interpret=True, timeout=PATIENCE)
     found = json.loads(printed.splitlines()[-1])
@@ -84,7 +90,12 @@ PLANTS = {
 }
 
 
-@pytest.mark.parametrize("name", PLANTS)
+SHORT = ("the causal edge is one key late",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in SHORT else LONG) for x in PLANTS]
+)
 def test_a_planted_bug_is_seen(name: str, tmp_path: Path) -> None:
     where, sound, planted, words = PLANTS[name]
     copy = tmp_path / "sparseattn"

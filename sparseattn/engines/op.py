@@ -23,6 +23,9 @@ from . import intern
 class Kernel(Protocol):
     """What an engine's implementation gives to the operator."""
 
+    def missing(self) -> list[str]:
+        """What this machine lacks for any call; empty where it can serve some."""
+
     def supports(self, mechanism: Any, call: AttentionCall) -> list[str]:
         """Reasons against a call, from static facts; empty when it can be served."""
 

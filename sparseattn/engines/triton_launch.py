@@ -80,6 +80,14 @@ def target(device: torch.device) -> Target:
     return Target("interpreter", 0) if device.type == "cpu" else _capability(device)
 
 
+def missing() -> list[str]:
+    """What this machine lacks for any call; empty where it can run kernels."""
+    if not interpreting() and not torch.cuda.is_available():
+        return ["its kernels run on a GPU, and this machine has none"]
+    lacking = _lacking()
+    return [] if lacking is None else [lacking]
+
+
 def reasons_against(device: torch.device) -> list[str]:
     """Why Triton does not serve a device; empty where it does."""
     if _recording is not None:

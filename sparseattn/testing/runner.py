@@ -115,7 +115,7 @@ def checks_for(
     Args:
         mechanism: a spec, an instance or a class. impl: only this implementation, by name.
         laws: only these, by name. expensive: also those that compile, and implementations that are
-            `on_request`.
+            `on_request`. Those for which this machine lacks something are tried by name alone.
 
     Raises:
         InvalidInputError: no implementation or law has that name.
@@ -133,8 +133,8 @@ def checks_for(
                 f"{', '.join(known)}.{did_you_mean(str(impl), known)}"
             )
         found = [one for one in found if one.name == impl]
-    elif not expensive:
-        found = [one for one in found if not one.on_request]
+    else:
+        found = [one for one in found if not one.missing() and (expensive or not one.on_request)]
     bound = [law for law in _chosen(laws, expensive) if _binds(law, mech)]
     checks = [Check(mech, None, law) for law in bound if law.definition]
     return checks + [Check(mech, one, law) for one in found for law in bound if not law.definition]

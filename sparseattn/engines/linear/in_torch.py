@@ -105,6 +105,9 @@ def _method(
 class TorchKernel:
     """See the module docstring; registered as `linear:torch`."""
 
+    def missing(self) -> list[str]:
+        return []
+
     def supports(self, mechanism: Any, call: AttentionCall) -> list[str]:
         if not call.causal and mechanism.decay(call) is not None:
             return ["a decay is served for causal calls only: pass causal=True"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...call import AttentionCall
 from ...digits import wide
 from ..op import KERNELS
-from ..triton_launch import reasons_against
+from ..triton_launch import missing, reasons_against
 from .scaled import out_of_range
 from .sweeps import count_features
 from .triton_launcher import rows_of
@@ -29,6 +29,9 @@ _MOST_WIDTH, _MOST_TOKENS = 256, 2**29
 
 class TritonKernel:
     """See the module docstring; registered as `linear:triton`."""
+
+    def missing(self) -> list[str]:
+        return missing()
 
     def supports(self, mechanism: Any, call: AttentionCall) -> list[str]:
         reasons = reasons_against(call.device)

@@ -85,6 +85,9 @@ def _grouped(x: Tensor, call: AttentionCall) -> Tensor:
 class TorchKernel:
     """See the module docstring; registered as `softmax:torch`."""
 
+    def missing(self) -> list[str]:
+        return []
+
     def supports(self, mechanism: Any, call: AttentionCall) -> list[str]:
         return []
 

@@ -15,7 +15,7 @@ from ...call import AttentionCall
 from ...digits import wide
 from ...runs import cut
 from ..op import KERNELS
-from ..triton_launch import halves, launch, lend_memory, reasons_against, target
+from ..triton_launch import halves, launch, lend_memory, missing, reasons_against, target
 from . import few_in_triton, selected_in_triton
 from .launches import constants, numbers, rows_of
 
@@ -222,6 +222,9 @@ class _Launcher:
 
 class TritonKernel:
     """See the module docstring; registered as `softmax:triton`."""
+
+    def missing(self) -> list[str]:
+        return missing()
 
     def supports(self, mechanism: Any, call: AttentionCall) -> list[str]:
         reasons = reasons_against(call.device)
