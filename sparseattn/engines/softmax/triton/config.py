@@ -1,9 +1,9 @@
 """Tile sizes of each kernel, from a short table: chosen by target, dtype and head width alone.
 
 Never by the length or the batch: a row then has the same bits in any batch, and no new length
-compiles anything. The entries are the largest
-tiles found to compile for each target within its shared memory, on tensor cores, and with the fewest
-registers spilled: docs/gpu.md lists what each spills. None was measured on a GPU yet.
+compiles anything. The entries are the largest tiles found to compile for each target within its
+shared memory, on tensor cores, and with few or no registers spilled: docs/gpu.md lists what each
+spills. None was measured on a GPU yet.
 """
 
 from __future__ import annotations
