@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
-from test_triton_selections import PATIENCE, SOURCES, broken
-from triton_versions import TESTS, newest, run_python
+from test_triton_selections import PATIENCE, broken
+from triton_versions import TESTS, newest, run_python, run_with_bug
 
 SCRIPT = TESTS / "triton_softmax.py"
 
@@ -88,18 +86,6 @@ SHORT = ("the right edge is one key late", "one head of a group is left out")
 )
 def test_a_planted_bug_is_seen(name: str, tmp_path: Path) -> None:
     where, sound, planted, words = PLANTS[name]
-    copy = tmp_path / "sparseattn"
-    shutil.copytree(SOURCES, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    path = copy / "engines" / "softmax" / where
-    text = path.read_text()
-    assert text.count(sound) == 1
-    path.write_text(text.replace(sound, planted))
-    version = newest()
-    folders = [str(tmp_path), str(TESTS), *([str(version.path)] if version.path else [])]
-    printed = run_python(
-        *(version.path, SCRIPT, "small"),
-        interpret=True,
-        timeout=PATIENCE,
-        PYTHONPATH=os.pathsep.join(folders),
-    )
+    module = f"softmax/{where}"
+    printed = run_with_bug(tmp_path, module, sound, planted, SCRIPT, "small", PATIENCE)
     assert {line.split(":")[0].split(", ")[1] for line in broken(printed)} >= words

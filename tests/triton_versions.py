@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+import sparseattn
 
 VARIABLE = "SPARSEATTN_TRITON"
 TESTS = Path(__file__).parent
@@ -137,3 +140,26 @@ def run_python(
     if check:
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done.stdout
+
+
+def run_with_bug(
+    folder: Path, module: str, sound: str, planted: str, script: Path, group: str, timeout: float
+) -> str:
+    """Run a script on the interpreter with a copy of the engines in which one line is another.
+
+    Args:
+        folder: an empty one. module: the file below `engines`, which has `sound` once.
+    """
+    copy = folder / "sparseattn"
+    sources = Path(sparseattn.__file__).parent
+    shutil.copytree(sources, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    path = copy / "engines" / module
+    text = path.read_text()
+    assert text.count(sound) == 1
+    path.write_text(text.replace(sound, planted))
+    version = newest()
+    folders = [str(folder), str(TESTS), *([str(version.path)] if version.path else [])]
+    found = os.pathsep.join(folders)
+    return run_python(
+        version.path, script, group, interpret=True, timeout=timeout, PYTHONPATH=found
+    )

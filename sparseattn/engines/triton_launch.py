@@ -20,6 +20,8 @@ import torch
 
 LEAST_VERSION = (3, 6)
 _LEAST_CAPABILITY = 80
+MOST_WIDTH = 256  # of a head, for keys and for values
+MOST_TOKENS = 2**29  # sums of positions stay within int32
 
 
 class Target(NamedTuple):

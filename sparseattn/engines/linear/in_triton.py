@@ -18,13 +18,11 @@ from torch import Tensor
 from ...call import AttentionCall
 from ...digits import wide
 from ..op import KERNELS
-from ..triton_launch import missing, reasons_against
+from ..triton_launch import MOST_TOKENS, MOST_WIDTH, missing, reasons_against
 from .scaled import out_of_range
 from .sweeps import count_features
 from .triton_launcher import rows_of
 from .triton_pieces import pieces
-
-_MOST_WIDTH, _MOST_TOKENS = 256, 2**29
 
 
 class TritonKernel:
@@ -41,11 +39,11 @@ class TritonKernel:
             reasons.append("float64 is computed by torch")
         if not call.causal and mechanism.decay(call) is not None:
             reasons.append("a decay is served for causal calls only: pass causal=True")
-        if max(call.head_dim, call.value_dim) > _MOST_WIDTH:
+        if max(call.head_dim, call.value_dim) > MOST_WIDTH:
             widths = f"{call.head_dim} and {call.value_dim}"
-            reasons.append(f"heads may be {_MOST_WIDTH} wide, and these are {widths}")
-        if max(call.n, call.m) >= _MOST_TOKENS:
-            reasons.append(f"it takes fewer than {_MOST_TOKENS} queries and keys")
+            reasons.append(f"heads may be {MOST_WIDTH} wide, and these are {widths}")
+        if max(call.n, call.m) >= MOST_TOKENS:
+            reasons.append(f"it takes fewer than {MOST_TOKENS} queries and keys")
         return reasons
 
     @torch.no_grad()

@@ -15,14 +15,21 @@ from ...call import AttentionCall
 from ...digits import wide
 from ...runs import cut
 from ..op import KERNELS
-from ..triton_launch import halves, launch, lend_memory, missing, reasons_against, target
+from ..triton_launch import (
+    MOST_TOKENS,
+    MOST_WIDTH,
+    halves,
+    launch,
+    lend_memory,
+    missing,
+    reasons_against,
+    target,
+)
 from . import few_in_triton, selected_in_triton
 from .launches import constants, numbers, rows_of
 
 if TYPE_CHECKING:
     from .triton.config import Tiles
-
-_MOST_WIDTH, _MOST_TOKENS = 256, 2**29
 
 
 def _pack(call: AttentionCall) -> int:
@@ -234,11 +241,11 @@ class TritonKernel:
             reasons.append("float64 is computed by torch")
         if call.bias is not None:
             reasons.append("a bias is N x M by nature, and computed by torch")
-        if max(call.head_dim, call.value_dim) > _MOST_WIDTH:
+        if max(call.head_dim, call.value_dim) > MOST_WIDTH:
             widths = f"{call.head_dim} and {call.value_dim}"
-            reasons.append(f"heads may be {_MOST_WIDTH} wide, and these are {widths}")
-        if max(call.n, call.m) >= _MOST_TOKENS:
-            reasons.append(f"it takes fewer than {_MOST_TOKENS} queries and keys")
+            reasons.append(f"heads may be {MOST_WIDTH} wide, and these are {widths}")
+        if max(call.n, call.m) >= MOST_TOKENS:
+            reasons.append(f"it takes fewer than {MOST_TOKENS} queries and keys")
         return reasons
 
     def forward(

@@ -15,8 +15,6 @@ import torch
 
 from ...triton_launch import Target
 
-MOST_WIDTH = 256  # of a head, for keys and for values
-
 
 class Tiles(NamedTuple):
     """How a kernel is cut: `rows` of queries (grouped heads are rows of their own) by `keys`."""

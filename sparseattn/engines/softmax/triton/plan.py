@@ -23,7 +23,6 @@ from ...held import Held
 from ..looks import FULL, look_at
 
 _HELD_BYTES = 128 * 2**20
-MOST_TOKENS = 2**29  # sums of positions stay within int32
 
 
 class Plan(NamedTuple):
