@@ -74,7 +74,9 @@ def attend(
     if mask is not None:
         seen = mask.expand(*shape, k.shape[2])
         seen = seen if seen.stride(-1) == 1 else seen.contiguous()
-        seen, steps = seen.view(torch.uint8), seen.stride()[:3]
+        steps = seen.stride()[:3]
+        # Triton 3.6 makes no products of float64 beside loads of bytes.
+        seen = seen.to(torch.int32) if q.dtype == torch.float64 else seen.view(torch.uint8)
     launch(
         part_of_keys,
         (splits, call.kv_heads, call.batch),
@@ -86,6 +88,7 @@ def attend(
         ROWS=rows,
         KEYS=tiles.keys,
         SPLIT=size,
+        EVEN=(constant["D"], constant["DV"]) == (call.head_dim, call.value_dim),
         **constant,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -13,10 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .weights import LOG2E, any_in_tile, logits, seen_in_band, seen_in_tile
+from .weights import LOG2E, any_in_tile, band_of, between, edge_of, in_width, logits, seen_in_tile
 
 
-@triton.jit(do_not_specialize=["lse_batch", "lse_head", "mask_batch", "head_dim", "value_dim"])
+@triton.jit(do_not_specialize=["lse_batch", "lse_head", "mask_batch"])
 def grad_queries(
     GRAD,
     Q,
@@ -82,7 +82,6 @@ def grad_queries(
     LSE, GRAD_LSE (if LSE_GRAD) and DELTA share their strides; `slope` is the scale itself.
     """
     QUERIES: tl.constexpr = ROWS // PACK
-    STEP: tl.constexpr = KEYS if BAND else 1
     tile = TILES + tl.program_id(0) * 8
     run = RUNS + tl.load(tile) * 8
     first = tl.load(tile + 1) * QUERIES
@@ -104,8 +103,8 @@ def grad_queries(
     place = (tl.load(run + 1) + query).to(tl.int64)
     d = tl.arange(0, D)
     e = tl.arange(0, DV)
-    in_d = real[:, None] & (d < head_dim)[None, :]
-    in_e = real[:, None] & (e < value_dim)[None, :]
+    in_d = in_width(real, d, head_dim, EVEN)
+    in_e = in_width(real, e, value_dim, EVEN)
     q_at = batch * q_batch + (head * q_head + place * q_row)[:, None] + d[None, :]
     q = tl.load(Q + q_at, mask=in_d, other=0.0).to(INPUT)
     grad_at = batch * grad_batch + (head * grad_head + place * grad_row)[:, None] + e[None, :]
@@ -130,31 +129,31 @@ def grad_queries(
     dq = tl.zeros([ROWS, D], NUMBER)
 
     if BAND:
-        last = tl.minimum(first + QUERIES, n) - 1
-        begin = tl.maximum(low + first, 0) // KEYS * KEYS
-        end = tl.minimum(high + last + 1, m)
-        inner = tl.maximum((tl.maximum(low + last, 0) + KEYS - 1) // KEYS * KEYS, begin)
-        outer = tl.maximum(tl.maximum(tl.minimum(high + first + 1, m), 0) // KEYS * KEYS, inner)
+        lowest = low + query
+        highest = tl.minimum(high + query, m - 1)
+        begin, end, inner, outer, left, edges = band_of(low, high, first, QUERIES, n, m, KEYS)
     else:
         begin = tl.load(tile + 2)
         end = tl.load(tile + 4)
-        inner = begin
         outer = tl.load(tile + 3)
-    for PHASE in tl.static_range(0 if BAND else 1, 3):
-        if PHASE == 0:
-            start, stop = begin, tl.minimum(inner, end)
-        elif PHASE == 1:
-            start, stop = inner, outer
+    for MASKED in tl.static_range(2):
+        if MASKED:
+            start, stop = (0, edges) if BAND else (outer, end)
         else:
-            start, stop = outer, end
-        for at in tl.range(start, stop, STEP, num_stages=(None if PHASE == 1 else 1)):
-            base = at if BAND else tl.load(COLS + at) * KEYS
+            start, stop = (inner, outer) if BAND else (begin, outer)
+        for at in tl.range(start, stop, KEYS if BAND and not MASKED else 1):
+            if not BAND:
+                base = tl.load(COLS + at) * KEYS
+            elif MASKED:
+                base = edge_of(at, begin, outer, left, KEYS)
+            else:
+                base = at
             key = base + span
             seen = real[:, None]
             some = key < m  # seen by any row of the tile
-            if PHASE != 1:
+            if MASKED:
                 if BAND:
-                    seen = seen_in_band(low, high, query[:, None], key[None, :], n, m)
+                    seen = between(key, lowest, highest)
                     some = (key >= low + first) & (key < end)
                 else:
                     look = tl.load(LOOKS + at)
@@ -166,12 +165,12 @@ def grad_queries(
                 some = some & allowed
             k_at = key_at + tl.cast(base, tl.int64) * k_row + k_offset
             v_at = value_at + tl.cast(base, tl.int64) * v_row + v_offset
-            if EVEN and PHASE == 1 and not HOLES:
+            if EVEN and not (MASKED or HOLES):
                 k = tl.load(k_at)
                 v = tl.load(v_at)
             else:
-                k = tl.load(k_at, some[:, None] & (d < head_dim)[None, :], 0.0)
-                v = tl.load(v_at, some[:, None] & (e < value_dim)[None, :], 0.0)
+                k = tl.load(k_at, in_width(some, d, head_dim, EVEN), 0.0)
+                v = tl.load(v_at, in_width(some, e, value_dim, EVEN), 0.0)
             k = k.to(INPUT)
             dots = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
             s, bend = logits(dots, scale, cap, SOFTCAP)
@@ -179,7 +178,7 @@ def grad_queries(
                 grad, tl.trans(v.to(INPUT)), input_precision=PRECISION, out_dtype=NUMBER
             )
             d_dots = tl.exp2(s - lse[:, None]) * (d_weights - delta[:, None]) * bend
-            if PHASE != 1 or HOLES:
+            if MASKED or HOLES:
                 d_dots = tl.where(seen, d_dots, 0.0)
             dq = tl.dot(d_dots.to(INPUT), k, dq, input_precision=PRECISION, out_dtype=NUMBER)
 
@@ -187,7 +186,7 @@ def grad_queries(
     tl.store(DQ + dq_at, (dq * slope).to(DQ.dtype.element_ty), mask=in_d)
 
 
-@triton.jit(do_not_specialize=["lse_batch", "lse_head", "mask_batch", "head_dim", "value_dim"])
+@triton.jit(do_not_specialize=["lse_batch", "lse_head", "mask_batch"])
 def grad_keys(
     GRAD,
     Q,
@@ -249,7 +248,6 @@ def grad_keys(
 
     Every query head of the group is summed here, in order: ROWS are queries of one.
     """
-    STEP: tl.constexpr = ROWS if BAND else 1
     tile = TILES + tl.program_id(0) * 8
     run = RUNS + tl.load(tile) * 8
     first = tl.load(tile + 1) * KEYS
@@ -274,8 +272,8 @@ def grad_keys(
         hole_at = KEY_MASK + batch * mask_batch + k_first
         allowed = allowed & (tl.load(hole_at + key, mask=key < m, other=0) != 0)
     place = (k_first + key).to(tl.int64)
-    in_d = (key < m)[:, None] & (d < head_dim)[None, :]
-    in_e = (key < m)[:, None] & (e < value_dim)[None, :]
+    in_d = in_width(key < m, d, head_dim, EVEN)
+    in_e = in_width(key < m, e, value_dim, EVEN)
     k_at = batch * k_batch + (kv_head * k_head + place * k_row)[:, None] + d[None, :]
     k = tl.load(K + k_at, mask=in_d, other=0.0).to(INPUT)
     v_at = batch * v_batch + (kv_head * v_head + place * v_row)[:, None] + e[None, :]
@@ -286,40 +284,38 @@ def grad_keys(
     q_offset = row[:, None] * q_row + d[None, :]
     grad_offset = row[:, None] * grad_row + e[None, :]
 
-    # The queries that see all of the block stand between `inner` and `outer`.
-    last = tl.minimum(first + KEYS, m) - 1
+    # The band as keys see it: key j is seen by the queries from `j - high` to `j - low`.
     if BAND:
-        begin = tl.maximum(first - high, 0) // ROWS * ROWS
-        end = tl.minimum(last - low + 1, n)
-        inner = (tl.maximum(last - high, 0) + ROWS - 1) // ROWS * ROWS
-        inner = tl.maximum(inner, begin)
-        outer = tl.maximum(tl.minimum(first - low + 1, n), 0) // ROWS * ROWS
-        outer = tl.maximum(outer, inner)
+        lowest = key - high
+        highest = key - low
+        begin, end, inner, outer, left, edges = band_of(-high, -low, first, KEYS, m, n, ROWS)
     else:
         begin = tl.load(tile + 2)
         end = tl.load(tile + 4)
-        inner = begin
         outer = tl.load(tile + 3)
     for group in range(0, groups):
         head = kv_head * groups + group
         q_at = Q + batch * q_batch + head * q_head + q_offset
         grad_at = GRAD + batch * grad_batch + head * grad_head + grad_offset
         lse_at = batch * lse_batch + head * lse_head + row
-        for PHASE in tl.static_range(0 if BAND else 1, 3):
-            if PHASE == 0:
-                start, stop = begin, tl.minimum(inner, end)
-            elif PHASE == 1:
-                start, stop = inner, outer
+        for MASKED in tl.static_range(2):
+            if MASKED:
+                start, stop = (0, edges) if BAND else (outer, end)
             else:
-                start, stop = outer, end
-            for at in tl.range(start, stop, STEP, num_stages=(None if PHASE == 1 else 1)):
-                base = at if BAND else tl.load(COLS + at) * ROWS
+                start, stop = (inner, outer) if BAND else (begin, outer)
+            for at in tl.range(start, stop, ROWS if BAND and not MASKED else 1):
+                if not BAND:
+                    base = tl.load(COLS + at) * ROWS
+                elif MASKED:
+                    base = edge_of(at, begin, outer, left, ROWS)
+                else:
+                    base = at
                 query = base + row
                 some = query < n  # sees any key of the block
                 seen = allowed[:, None]
-                if PHASE != 1:
+                if MASKED:
                     if BAND:
-                        seen = seen & seen_in_band(low, high, query[None, :], key[:, None], n, m)
+                        seen = seen & between(query, lowest, highest)
                         some = (query >= first - high) & (query < end)
                     else:
                         look = tl.load(LOOKS + at)
@@ -329,14 +325,14 @@ def grad_keys(
                 q_row_at = q_at + start_row * q_row
                 grad_row_at = grad_at + start_row * grad_row
                 lse_row_at = lse_at + start_row
-                if EVEN and BAND and PHASE == 1:
+                if EVEN and BAND and not MASKED:
                     q = tl.load(q_row_at)
                     grad = tl.load(grad_row_at)
                     lse = tl.load(LSE + lse_row_at)
                     delta = tl.load(DELTA + lse_row_at)
                 else:
-                    q = tl.load(q_row_at, some[:, None] & (d < head_dim)[None, :], 0.0)
-                    grad = tl.load(grad_row_at, some[:, None] & (e < value_dim)[None, :], 0.0)
+                    q = tl.load(q_row_at, in_width(some, d, head_dim, EVEN), 0.0)
+                    grad = tl.load(grad_row_at, in_width(some, e, value_dim, EVEN), 0.0)
                     lse = tl.load(LSE + lse_row_at, some, float("inf"))
                     delta = tl.load(DELTA + lse_row_at, some, 0.0)
                 q = q.to(INPUT)
@@ -345,12 +341,12 @@ def grad_keys(
                 dots = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=NUMBER)
                 s, bend = logits(dots, scale, cap, SOFTCAP)
                 powers = tl.exp2(s - lse[None, :])
-                if PHASE != 1 or HOLES:
+                if MASKED or HOLES:
                     powers = tl.where(seen, powers, 0.0)
                 dv = tl.dot(powers.to(INPUT), grad, dv, input_precision=PRECISION, out_dtype=NUMBER)
                 d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION, out_dtype=NUMBER)
                 d_dots = powers * (d_weights - delta[None, :]) * bend
-                if PHASE != 1 or HOLES:
+                if MASKED or HOLES:
                     d_dots = tl.where(seen, d_dots, 0.0)
                 dk = tl.dot(d_dots.to(INPUT), q, dk, input_precision=PRECISION, out_dtype=NUMBER)
 

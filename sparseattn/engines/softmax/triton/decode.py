@@ -9,13 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import softmax_of, take_keys
-from .weights import LN2, LOG2E
+from .forward import positive, softmax_of, take_keys
+from .weights import LN2, LOG2E, in_width
 
 
 @triton.jit(
     do_not_specialize=[
-        *("n", "low", "high", "begin", "end", "splits", "head_dim", "value_dim", "groups"),
+        *("n", "low", "high", "begin", "end", "splits", "groups"),
         *("mask_batch", "mask_head", "mask_row"),
     ]
 )
@@ -61,6 +61,7 @@ def part_of_keys(
     SPLIT: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Program (split, key-value head, batch row): keys `begin + split * SPLIT` and on, up to `end`.
 
@@ -81,7 +82,9 @@ def part_of_keys(
     e = tl.arange(0, DV)
     span = tl.arange(0, KEYS)
     q_at = batch * q_batch + (head * q_head + query.to(tl.int64) * q_row)[:, None] + d[None, :]
-    q = tl.load(Q + q_at, real[:, None] & (d < head_dim)[None, :], 0.0).to(INPUT)
+    q = tl.load(Q + q_at, in_width(real, d, head_dim, EVEN), 0.0).to(INPUT)
+    if not SOFTCAP:
+        q, scale = positive(q, scale, NUMBER, INPUT)
     k_offset = span[:, None] * k_row + d[None, :]
     v_offset = span[:, None] * v_row + e[None, :]
     key_at = K + batch * k_batch + kv_head * k_head
@@ -103,10 +106,8 @@ def part_of_keys(
             # What no query sees may be NaN.
             some = some & (tl.max(seen.to(tl.int32), 0) > 0)
         base = tl.cast(at, tl.int64)
-        k = tl.load(key_at + base * k_row + k_offset, some[:, None] & (d < head_dim)[None, :], 0.0)
-        v = tl.load(
-            value_at + base * v_row + v_offset, some[:, None] & (e < value_dim)[None, :], 0.0
-        )
+        k = tl.load(key_at + base * k_row + k_offset, in_width(some, d, head_dim, EVEN), 0.0)
+        v = tl.load(value_at + base * v_row + v_offset, in_width(some, e, value_dim, EVEN), 0.0)
         total, top, out = take_keys(
             *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, cap),
             *(True, SOFTCAP, PRECISION, NUMBER, INPUT),

@@ -1,9 +1,10 @@
 """Forward: one program a tile of queries and a head, over the keys that the tile sees.
 
-Two patterns share the body. A band is arithmetic: its left edge, its interior and its right edge
-are three loops, of which only the edges look at masks. A list names the key blocks of a query
-block, the full ones first; partial ones point to tiles of bits. Softmax is taken on the way
-(Milakov and Gimelshein 2018; FlashAttention-2, algorithm 1).
+Two patterns share the body, a loop over key blocks that are visible throughout and one over those
+that are not. In a band the first is its interior, and the second its two edges, found by
+arithmetic. A list names the key blocks of a query block, the full ones first; partial ones point to
+tiles of bits. Softmax is taken on the way (Milakov and Gimelshein 2018; FlashAttention-2,
+algorithm 1).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .weights import LN2, any_in_tile, logits, seen_in_band, seen_in_tile
+from .weights import LN2, any_in_tile, band_of, between, capped, edge_of, in_width, seen_in_tile
 
 
 @triton.jit
@@ -33,21 +34,35 @@ def take_keys(
 ):
     """Add a block of keys to the running sums of softmax: total `[R]`, top `[R]`, out `[R, DV]`.
 
-    q `[R, D]`, k `[L, D]`, v `[L, DV]`; seen `[R, L]`, if MASKED. Values that no row sees must be
-    finite: a weight of 0 would not silence a NaN. They are loaded as 0.
+    q `[R, D]`, k `[L, D]`, v `[L, DV]`; seen `[R, L]`, if MASKED. Without a softcap, scale must be
+    above 0 (`positive`). Values that no row sees must be finite: a weight of 0 would not silence a
+    NaN. They are loaded as 0.
     """
-    dots = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
-    s, _ = logits(dots, scale, cap, SOFTCAP)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
+    if SOFTCAP:
+        s, _ = capped(s, scale, cap)
     if MASKED:
         s = tl.where(seen, s, float("-inf"))
-    higher = tl.maximum(top, tl.max(s, 1))
+    # The scale is one operation an element, together with what is subtracted.
+    by = 1.0 if SOFTCAP else scale
+    higher = tl.maximum(top, tl.max(s, 1) * by)
     base = tl.where(higher == float("-inf"), 0.0, higher)
-    powers = tl.exp2(s - base[:, None])
+    powers = tl.exp2(s * by - base[:, None])
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(powers, 1)
     out = out * shrink[:, None]
     out = tl.dot(powers.to(INPUT), v, out, input_precision=PRECISION, out_dtype=NUMBER)
     return total, higher, out
+
+
+@triton.jit
+def positive(q, scale, NUMBER: tl.constexpr, INPUT: tl.constexpr):
+    """The same logits from a scale above 0: q with its sign changed where the scale is below it.
+
+    A scale of 0 becomes one that still makes every power 1.
+    """
+    flipped = tl.where(scale < 0, -q.to(NUMBER), q.to(NUMBER)).to(INPUT)
+    return flipped, tl.maximum(tl.abs(scale), 1e-30)
 
 
 @triton.jit
@@ -58,7 +73,7 @@ def softmax_of(total, top, out):
     return out / some[:, None], tl.where(empty, float("-inf"), (top + tl.log2(some)) * LN2)
 
 
-@triton.jit(do_not_specialize=["lse_batch", "lse_head", "mask_batch", "head_dim", "value_dim"])
+@triton.jit(do_not_specialize=["lse_batch", "lse_head", "mask_batch"])
 def forward(
     Q,
     K,
@@ -108,7 +123,6 @@ def forward(
 ):
     """Program (tile, head block, batch row); tables and shapes as `plan.py` describes them."""
     QUERIES: tl.constexpr = ROWS // PACK
-    STEP: tl.constexpr = KEYS if BAND else 1
     tile = TILES + tl.program_id(0) * 8
     run = RUNS + tl.load(tile) * 8
     first = tl.load(tile + 1) * QUERIES
@@ -131,9 +145,11 @@ def forward(
     e = tl.arange(0, DV)
     q = tl.load(
         Q + batch * q_batch + (head * q_head + place * q_row)[:, None] + d[None, :],
-        mask=real[:, None] & (d < head_dim)[None, :],
+        mask=in_width(real, d, head_dim, EVEN),
         other=0.0,
     ).to(INPUT)
+    if not SOFTCAP:
+        q, scale = positive(q, scale, NUMBER, INPUT)
     # Within a tile offsets are 32 bits wide: 64 for every element would spill.
     span = tl.arange(0, KEYS)
     key_at = K + batch * k_batch + kv_head * k_head + k_first * k_row
@@ -146,33 +162,32 @@ def forward(
     total = tl.zeros([ROWS], NUMBER)
     out = tl.zeros([ROWS, DV], NUMBER)
 
-    # What is visible throughout stands between `inner` and `outer`.
     if BAND:
-        last = tl.minimum(first + QUERIES, n) - 1
-        begin = tl.maximum(low + first, 0) // KEYS * KEYS
-        end = tl.minimum(high + last + 1, m)
-        inner = tl.maximum((tl.maximum(low + last, 0) + KEYS - 1) // KEYS * KEYS, begin)
-        outer = tl.maximum(tl.maximum(tl.minimum(high + first + 1, m), 0) // KEYS * KEYS, inner)
+        lowest = low + query
+        highest = tl.minimum(high + query, m - 1)
+        begin, end, inner, outer, left, edges = band_of(low, high, first, QUERIES, n, m, KEYS)
     else:
         begin = tl.load(tile + 2)
         end = tl.load(tile + 4)
-        inner = begin
         outer = tl.load(tile + 3)
-    for PHASE in tl.static_range(0 if BAND else 1, 3):
-        if PHASE == 0:
-            start, stop = begin, tl.minimum(inner, end)
-        elif PHASE == 1:
-            start, stop = inner, outer
+    for MASKED in tl.static_range(2):
+        if MASKED:
+            start, stop = (0, edges) if BAND else (outer, end)
         else:
-            start, stop = outer, end
-        for at in tl.range(start, stop, STEP, num_stages=(None if PHASE == 1 else 1)):
-            base = at if BAND else tl.load(COLS + at) * KEYS
+            start, stop = (inner, outer) if BAND else (begin, outer)
+        for at in tl.range(start, stop, KEYS if BAND and not MASKED else 1):
+            if not BAND:
+                base = tl.load(COLS + at) * KEYS
+            elif MASKED:
+                base = edge_of(at, begin, outer, left, KEYS)
+            else:
+                base = at
             key = base + span
             seen = real[:, None]
             some = key < m  # seen by any row of the tile
-            if PHASE != 1:
+            if MASKED:
                 if BAND:
-                    seen = seen_in_band(low, high, query[:, None], key[None, :], n, m)
+                    seen = between(key, lowest, highest)
                     some = (key >= low + first) & (key < end)
                 else:
                     look = tl.load(LOOKS + at)
@@ -184,21 +199,21 @@ def forward(
                 some = some & allowed
             k_at = key_at + tl.cast(base, tl.int64) * k_row + k_offset
             v_at = value_at + tl.cast(base, tl.int64) * v_row + v_offset
-            if EVEN and PHASE == 1 and not HOLES:
+            if EVEN and not (MASKED or HOLES):
                 k = tl.load(k_at)
                 v = tl.load(v_at)
             else:
-                k = tl.load(k_at, some[:, None] & (d < head_dim)[None, :], 0.0)
-                v = tl.load(v_at, some[:, None] & (e < value_dim)[None, :], 0.0)
+                k = tl.load(k_at, in_width(some, d, head_dim, EVEN), 0.0)
+                v = tl.load(v_at, in_width(some, e, value_dim, EVEN), 0.0)
             total, top, out = take_keys(
                 *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, cap),
-                *(PHASE != 1 or HOLES, SOFTCAP, PRECISION, NUMBER, INPUT),
+                *(MASKED or HOLES, SOFTCAP, PRECISION, NUMBER, INPUT),
             )
 
     out, lse = softmax_of(total, top, out)
     tl.store(
         OUT + batch * out_batch + (head * out_head + place * out_row)[:, None] + e[None, :],
         out.to(OUT.dtype.element_ty),
-        mask=real[:, None] & (e < value_dim)[None, :],
+        mask=in_width(real, e, value_dim, EVEN),
     )
     tl.store(LSE + batch * lse_batch + head * lse_head + place, lse, mask=real)

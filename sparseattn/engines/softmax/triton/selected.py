@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import softmax_of, take_keys
-from .weights import LOG2E, any_of, logits
+from .forward import positive, softmax_of, take_keys
+from .weights import LOG2E, any_of, in_width, logits
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def step_of_list(
 
 @triton.jit(
     do_not_specialize=[
-        *("n", "tiles", "width", "lse_batch", "lse_head", "mask_batch", "head_dim", "value_dim"),
+        *("n", "tiles", "width", "lse_batch", "lse_head", "mask_batch"),
     ]
 )
 def forward_selected(
@@ -140,11 +140,10 @@ def forward_selected(
     stop = tl.load(STOPS + batch * n + place, mask=real, other=0)
     d = tl.arange(0, D)
     e = tl.arange(0, DV)
-    # Masks along a row would make its loads narrow: where all is EVEN, there is none in the loop.
-    d_in = (d < head_dim)[None, :]
-    e_in = (e < value_dim)[None, :]
     q_at = batch * q_batch + (head * q_head + place * q_row)[:, None] + d[None, :]
-    q = tl.load(Q + q_at, mask=real[:, None] & d_in, other=0.0).to(INPUT)
+    q = tl.load(Q + q_at, mask=in_width(real, d, head_dim, EVEN), other=0.0).to(INPUT)
+    if not SOFTCAP:
+        q, scale = positive(q, scale, NUMBER, INPUT)
     key_at = K + batch * k_batch + kv_head * k_head
     value_at = V + batch * v_batch + kv_head * v_head
     hole_at = KEY_MASK + batch * mask_batch
@@ -162,8 +161,8 @@ def forward_selected(
         some = any_of(seen, 0)
         k_at = key_at + tl.cast(base, tl.int64) * k_row + (ahead[:, None] * k_row + d[None, :])
         v_at = value_at + tl.cast(base, tl.int64) * v_row + (ahead[:, None] * v_row + e[None, :])
-        k = tl.load(k_at, some[:, None] if EVEN else some[:, None] & d_in, 0.0)
-        v = tl.load(v_at, some[:, None] if EVEN else some[:, None] & e_in, 0.0)
+        k = tl.load(k_at, in_width(some, d, head_dim, EVEN), 0.0)
+        v = tl.load(v_at, in_width(some, e, value_dim, EVEN), 0.0)
         total, top, out = take_keys(
             *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, cap),
             *(True, SOFTCAP, PRECISION, NUMBER, INPUT),
@@ -173,14 +172,14 @@ def forward_selected(
     tl.store(
         OUT + batch * out_batch + (head * out_head + place * out_row)[:, None] + e[None, :],
         out.to(OUT.dtype.element_ty),
-        mask=real[:, None] & e_in,
+        mask=in_width(real, e, value_dim, EVEN),
     )
     tl.store(LSE + batch * lse_batch + head * lse_head + place, lse, mask=real)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("n", "tiles", "width", "lse_batch", "lse_head", "mask_batch", "head_dim", "value_dim"),
+        *("n", "tiles", "width", "lse_batch", "lse_head", "mask_batch"),
     ]
 )
 def grad_queries_selected(
@@ -264,11 +263,8 @@ def grad_queries_selected(
     stop = tl.load(STOPS + batch * n + place, mask=real, other=0)
     d = tl.arange(0, D)
     e = tl.arange(0, DV)
-    # Masks along a row would make its loads narrow: where all is EVEN, there is none in the loop.
-    d_in = (d < head_dim)[None, :]
-    e_in = (e < value_dim)[None, :]
-    in_d = real[:, None] & d_in
-    in_e = real[:, None] & e_in
+    in_d = in_width(real, d, head_dim, EVEN)
+    in_e = in_width(real, e, value_dim, EVEN)
     q_at = batch * q_batch + (head * q_head + place * q_row)[:, None] + d[None, :]
     q = tl.load(Q + q_at, mask=in_d, other=0.0).to(INPUT)
     grad_at = batch * grad_batch + (head * grad_head + place * grad_row)[:, None] + e[None, :]
@@ -298,8 +294,8 @@ def grad_queries_selected(
         some = any_of(seen, 0)
         k_at = key_at + tl.cast(base, tl.int64) * k_row + (ahead[:, None] * k_row + d[None, :])
         v_at = value_at + tl.cast(base, tl.int64) * v_row + (ahead[:, None] * v_row + e[None, :])
-        k = tl.load(k_at, some[:, None] if EVEN else some[:, None] & d_in, 0.0)
-        v = tl.load(v_at, some[:, None] if EVEN else some[:, None] & e_in, 0.0)
+        k = tl.load(k_at, in_width(some, d, head_dim, EVEN), 0.0)
+        v = tl.load(v_at, in_width(some, e, value_dim, EVEN), 0.0)
         k = k.to(INPUT)
         dots = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
         s, bend = logits(dots, scale, cap, SOFTCAP)
@@ -312,7 +308,7 @@ def grad_queries_selected(
     tl.store(DQ + dq_at, (dq * slope).to(DQ.dtype.element_ty), mask=in_d)
 
 
-@triton.jit(do_not_specialize=["n", "lse_batch", "mask_batch", "head_dim", "value_dim"])
+@triton.jit(do_not_specialize=["n", "lse_batch", "mask_batch"])
 def grad_keys_selected(
     GRAD,
     Q,
@@ -391,13 +387,10 @@ def grad_keys_selected(
     at_key = key.to(tl.int64)
     d = tl.arange(0, D)
     e = tl.arange(0, DV)
-    # Masks along a row would make its loads narrow: where all is EVEN, there is none in the loop.
-    d_in = (d < head_dim)[None, :]
-    e_in = (e < value_dim)[None, :]
     k_at = batch * k_batch + (kv_head * k_head + at_key * k_row)[:, None] + d[None, :]
-    k = tl.load(K + k_at, mask=allowed[:, None] & d_in, other=0.0).to(INPUT)
+    k = tl.load(K + k_at, mask=in_width(allowed, d, head_dim, EVEN), other=0.0).to(INPUT)
     v_at = batch * v_batch + (kv_head * v_head + at_key * v_row)[:, None] + e[None, :]
-    v = tl.load(V + v_at, mask=allowed[:, None] & e_in, other=0.0).to(INPUT)
+    v = tl.load(V + v_at, mask=in_width(allowed, e, value_dim, EVEN), other=0.0).to(INPUT)
     dk = tl.zeros([KEYS, D], NUMBER)
     dv = tl.zeros([KEYS, DV], NUMBER)
 
@@ -417,10 +410,10 @@ def grad_keys_selected(
         lse = tl.where(some, lse, float("inf")) * LOG2E
         delta = tl.load(DELTA + batch * lse_batch + member, mask=some, other=0.0)
         q_at = batch * q_batch + (head * q_head + query * q_row)[:, None] + d[None, :]
-        in_q = some[:, None] if EVEN else some[:, None] & d_in
+        in_q = in_width(some, d, head_dim, EVEN)
         q = tl.load(Q + q_at, in_q, 0.0).to(INPUT)
         grad_at = batch * grad_batch + (head * grad_head + query * grad_row)[:, None] + e[None, :]
-        in_grad = some[:, None] if EVEN else some[:, None] & e_in
+        in_grad = in_width(some, e, value_dim, EVEN)
         grad = tl.load(GRAD + grad_at, in_grad, 0.0).to(INPUT)
         dots = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=NUMBER)
         s, bend = logits(dots, scale, cap, SOFTCAP)
@@ -431,8 +424,8 @@ def grad_keys_selected(
         dk = tl.dot(d_dots.to(INPUT), q, dk, input_precision=PRECISION, out_dtype=NUMBER)
 
     dk_at = batch * dk_batch + (kv_head * dk_head + at_key * dk_row)[:, None] + d[None, :]
-    dk_in = there[:, None] & d_in
+    dk_in = in_width(there, d, head_dim, EVEN)
     tl.store(DK + dk_at, (dk * slope).to(DK.dtype.element_ty), mask=dk_in)
     dv_at = batch * dv_batch + (kv_head * dv_head + at_key * dv_row)[:, None] + e[None, :]
-    dv_in = there[:, None] & e_in
+    dv_in = in_width(there, e, value_dim, EVEN)
     tl.store(DV_ + dv_at, dv.to(DV_.dtype.element_ty), mask=dv_in)

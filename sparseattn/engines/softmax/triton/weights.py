@@ -25,22 +25,72 @@ def tanh(x):
 
 
 @triton.jit
+def capped(dots, scale, cap):
+    """From `q . k` to the softcapped logit in base 2, and the slope of the softcap.
+
+    `scale` holds 1 / softcap already, and `cap` holds log2(e).
+    """
+    t = tanh(dots * scale)
+    return t * cap, 1.0 - t * t
+
+
+@triton.jit
 def logits(dots, scale, cap, SOFTCAP: tl.constexpr):
     """From `q . k` to the logit in base 2, and the slope of the softcap (1 without one).
 
-    `scale` holds log2(e) already, or with a softcap 1 / cap instead; `cap` holds log2(e).
+    `scale` holds log2(e) already, or with a softcap is what `capped` takes.
     """
-    s, slope = dots * scale, 1.0
     if SOFTCAP:
-        t = tanh(s)
-        s, slope = t * cap, 1.0 - t * t
+        s, slope = capped(dots, scale, cap)
+    else:
+        s, slope = dots * scale, 1.0
     return s, slope
 
 
 @triton.jit
-def seen_in_band(low, high, query, key, n, m):
-    """The visible pairs of a band, for broadcast indices in a run of n queries and m keys."""
-    return (key >= low + query) & (key <= high + query) & (query < n) & (key < m)
+def band_of(low, high, first, count, n, m, SIZE: tl.constexpr):
+    """Where the columns that some rows of a band see lie, in steps of SIZE.
+
+    Rows are `first` and the `count - 1` after it, of n; row r sees the columns from `low + r` to
+    `high + r`, of m.
+
+    Returns:
+        begin, end: of the columns that any row sees; begin is the start of a step.
+        inner, outer: the steps from inner up to outer are seen by every row, throughout.
+        left, edges: how many steps stand before inner, and how many more from outer on.
+    """
+    last = tl.minimum(first + count, n) - 1
+    begin = tl.maximum(low + first, 0) // SIZE * SIZE
+    end = tl.minimum(high + last + 1, m)
+    inner = tl.maximum((tl.maximum(low + last, 0) + SIZE - 1) // SIZE * SIZE, begin)
+    outer = tl.maximum(tl.maximum(tl.minimum(high + first + 1, m), 0) // SIZE * SIZE, inner)
+    left = (tl.maximum(tl.minimum(inner, end) - begin, 0) + SIZE - 1) // SIZE
+    edges = left + (tl.maximum(end - outer, 0) + SIZE - 1) // SIZE
+    return begin, end, inner, outer, left, edges
+
+
+@triton.jit
+def edge_of(at, begin, outer, left, SIZE: tl.constexpr):
+    """The first column of step `at` of a band's edges."""
+    return tl.where(at < left, begin + at * SIZE, outer + (at - left) * SIZE)
+
+
+@triton.jit
+def between(column, lowest, highest):
+    """Whether columns `[C]` lie within each row's bounds `[R]`, both inclusive: bool `[R, C]`."""
+    return (column[None, :] >= lowest[:, None]) & (column[None, :] <= highest[:, None])
+
+
+@triton.jit
+def in_width(some, at, width, EVEN: tl.constexpr):
+    """The mask of a tile's load: rows `some`, and columns `at` before `width` unless EVEN.
+
+    A width that is known to fill the tile is left out of it, for the sake of wide loads.
+    """
+    if EVEN:
+        return some[:, None]
+    else:
+        return some[:, None] & (at < width)[None, :]
 
 
 @triton.jit
