@@ -1,25 +1,29 @@
-"""`make gpu`: what the kernels compile to; and on a GPU, whether they are right, and how fast.
+"""`make gpu`: on a GPU, are the kernels right, and how fast; without one, do they compile.
 
     python benchmarks/gpu.py [--minutes 8] [--triton FOLDER] [--json PATH]
 
 Every row goes to a journal beside the JSON file as it finishes: a run that is stopped, or that has
-no time left, is gone on with by the next. Without a GPU it says so, and ends well after compiling.
+no time left, is gone on with by the next: it then ends with status 3. Without a GPU it says so, and
+ends well after compiling.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import gpu_bench
 import gpu_calls
+import gpu_goals
 import gpu_page
 import torch
 from gpu_bench import Roof
@@ -29,7 +33,8 @@ from sparseattn.harness import manifest, store
 from sparseattn.testing import Budgets
 
 JSON = Path(__file__).parent / "results" / "gpu.json"
-_COMPILING = 0.25  # of the time, at most: what the launches need is compiled again where they run
+_REFUSED = ("UnsupportedCallError", "InvalidInputError", "NotImplementedError")
+UNFINISHED = 3  # the exit status of a run that had no time left
 
 
 def checked(call: gpu_calls.Call, device: str) -> dict[str, Any]:
@@ -59,16 +64,27 @@ def checked(call: gpu_calls.Call, device: str) -> dict[str, Any]:
 def check_all(
     calls: list[gpu_calls.Call], device: str, done: set[str], late: Callable[[], bool]
 ) -> Iterator[dict[str, Any]]:
-    """A row of each call that is not done and that Triton serves, until it is late."""
-    for call in calls:
-        if late():
-            return
-        if call.name not in done:
-            row = checked(call, device)
+    """A row of each call that is not done and that Triton serves, until it is late.
+
+    Most of the time is compiling, which processes beside each other share.
+    """
+    left = [call for call in calls if call.name not in done]
+    workers = min(14, max(1, (os.cpu_count() or 2) - 1), max(1, len(left)))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_alone) as pool:
+        waiting = [pool.submit(checked, call, device) for call in left]
+        for future in as_completed(waiting):
+            row = future.result()
             # What it refuses beforehand is no configuration of a kernel.
-            refused = ("UnsupportedCallError", "InvalidInputError", "NotImplementedError")
-            if not row["problem"].startswith(refused):
+            if not row["problem"].startswith(_REFUSED):
                 yield row
+            if late():
+                pool.shutdown(cancel_futures=True)
+                return
+
+
+def _alone() -> None:
+    torch.set_num_threads(1)
 
 
 def timer() -> gpu_bench.Timer:
@@ -118,18 +134,24 @@ def session(
             take("check", row)
             if row["problem"]:
                 print(f"WRONG {row['call']}: {row['problem']}", flush=True)
+        whole = not late()
+        for name, find in gpu_goals.facts(device).items():
+            if name not in names("fact") and not late():
+                take("fact", {"call": name, "value": find()})
+                print(f"{name}: {of('fact')[-1]['value']}", flush=True)
         for row in gpu_bench.measure_all(shapes, top, clock, device, names("time"), late):
             take("time", row)
             said = row["reason"] or f"{row['ms']:.3f} ms, {row['share']:.0%} of the roof"
             print(f"{row['call']}: {said}", flush=True)
     finally:
         journal.close()
-    whole = len(of("check")) and len(names("time")) == len(shapes)
+    whole = whole and len(names("time")) == len(shapes)
     document = {
         "manifest": facts,
         "complete": bool(whole),
         "roof": top._asdict(),
         "checks": of("check"),
+        "facts": {row["call"]: row["value"] for row in of("fact")},
         "rows": [row for row in of("time") if row["ms"] is not None],
         "not_timed": {row["call"]: row["reason"] for row in of("time") if row["ms"] is None},
     }
@@ -139,17 +161,13 @@ def session(
     return document
 
 
-def compiled(seconds: float) -> int:
+def compiled() -> int:
     """The compile-only part, in a process of its own; its exit status."""
     script = Path(__file__).with_name("gpu_compile.py")
     workers = str(min(8, os.cpu_count() or 1))
     words = [sys.executable, str(script), "--representative", "--processes", workers]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(x for x in sys.path if x)}
-    try:
-        return subprocess.run(words, env=env, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        print(f"compiling was stopped after {seconds:.0f} s")
-        return 0
+    return subprocess.run(words, env=env).returncode
 
 
 def main() -> int:
@@ -161,12 +179,11 @@ def main() -> int:
     start = time.monotonic()
     if importlib.util.find_spec("triton") is None and given.triton is not None:
         sys.path.append(str(given.triton))
-    gpu = torch.cuda.is_available()
-    budget = 60 * given.minutes
-    bad = compiled(_COMPILING * budget if gpu else 3600)
-    if not gpu:
+    if not torch.cuda.is_available():
+        status = compiled()
         print("no GPU is here: nothing was run or measured beyond compiling")
-        return bad
+        return status
+    budget = 60 * given.minutes
     clock = timer()
     facts = {
         "device": torch.cuda.get_device_name(),
@@ -187,12 +204,17 @@ def main() -> int:
         gpu_bench.shapes(),
         facts,
     )
+    for goal in gpu_goals.goals(document):
+        print(f"{'met' if goal.met else 'short'}: {goal.goal}: {goal.asked}, {goal.found}")
     gpu_page.main()
     wrong = [row for row in document["checks"] if row["problem"]]
     print(f"{len(document['checks'])} checked, {len(wrong)} wrong; {len(document['rows'])} timed")
+    if wrong:
+        return 1
     if not document["complete"]:
         print("time is up: run it again to go on")
-    return 1 if wrong or bad else 0
+        return UNFINISHED
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import gpu_model
@@ -19,7 +19,7 @@ Run = Callable[[], Any]
 Timer = Callable[[Run], float]  # milliseconds of one run
 ROUNDS = 5
 ADAPTERS = ("flex", "flash_attn", "fla")  # peers that plugins reach, where they are installed
-_LONGEST_DENSE = 65536  # beyond it one dense run takes a second
+_LONGEST_DENSE = 16384  # beyond it one dense run takes a tenth of a second
 
 
 class Roof(NamedTuple):
@@ -48,7 +48,8 @@ class Shape:
 
     Attributes:
         queries: of a decoding step; as many as keys where it is 0.
-        dense: whether the peer is dense attention with the same result.
+        dense: whether dense attention is raced too, whatever its result.
+        density: of the pairs, where blocks are named.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Shape:
     backward: bool = False
     queries: int = 0
     dense: bool = True
+    density: float | None = None
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:
         g = torch.Generator(device).manual_seed(0)
@@ -98,15 +100,19 @@ def shapes() -> list[Shape]:
         mech = sa.mechanism("windowed", window=window)
         name = f"window {window}, N={n}, D={width}, kv heads {kv}"
         name += ", forward + backward" if backward else ""
-        made.append(Shape(name, mech, 1, 32, kv, n, width, backward=backward))
+        dense = n <= _LONGEST_DENSE and window == 1024 and kv == 32
+        made.append(Shape(name, mech, 1, 32, kv, n, width, backward=backward, dense=dense))
 
     for window in (1024, 4096, 256):
         windows(65536, window, 128, 32)
     windows(65536, 1024, 128, 32, backward=True)
     for n, density in ((16384, 0.25), (16384, 0.1), (16384, 0.5), (32768, 0.25), (32768, 0.1)):
-        mech = sa.mechanism("block_sparse", layout=gpu_model.scattered(n, density))
+        layout = gpu_model.scattered(n, density)
+        mech = sa.mechanism("block_sparse", layout=layout)
         name = f"128-blocks at {density:.0%}, N={n}, D=128"
-        made.append(Shape(name, mech, 1, 32, 32, n, 128, causal=False))
+        kept = len(layout.indices) / (n // 128) ** 2  # at random, about as many as asked for
+        shape = Shape(name, mech, 1, 32, 32, n, 128, causal=False, density=kept)
+        made.append(replace(shape, dense=n <= _LONGEST_DENSE))
     full, linear = sa.mechanism("full"), sa.mechanism("linear")
     for n in (16384, 4096):
         made.append(Shape(f"dense causal, N={n}, D=128", full, 1, 32, 32, n, 128))
@@ -149,7 +155,9 @@ def _with_backward(shape: Shape, inputs: tuple[Tensor, ...], attend: Run) -> Run
 def peers(shape: Shape, inputs: tuple[Tensor, ...]) -> dict[str, Run]:
     """Every peer by its name, whether or not it serves this shape."""
     found = {name: call_of(shape, inputs, name) for name in ADAPTERS}
-    if shape.dense and shape.n <= _LONGEST_DENSE:
+    if shape.mech.name == "linear" and not shape.backward:
+        found["fla, features given"] = _fla(inputs)
+    if shape.dense:
 
         def dense() -> Tensor:
             causal = shape.causal and not shape.queries
@@ -159,6 +167,19 @@ def peers(shape: Shape, inputs: tuple[Tensor, ...]) -> dict[str, Run]:
 
         found["sdpa, dense"] = _with_backward(shape, inputs, dense)
     return found
+
+
+def _fla(inputs: tuple[Tensor, ...]) -> Run:
+    """fla's kernel with its own normaliser, on features that are there already."""
+    q, k, v = (x.transpose(1, 2).contiguous() for x in inputs)
+    q, k = (F.elu(x) + 1 for x in (q, k))
+
+    def run() -> Any:
+        from fla.ops.linear_attn import chunk_linear_attn
+
+        return chunk_linear_attn(q, k, v, scale=1.0, normalize=True)
+
+    return run
 
 
 def race(runs: dict[str, Run], timer: Timer, rounds: int = ROUNDS) -> dict[str, list[float]]:
@@ -202,6 +223,7 @@ def measured(
         "floor_ms": max(by_flops, by_bytes),
         "binds": "arithmetic" if by_flops > by_bytes else "memory",
         "share": max(by_flops, by_bytes) / ms,
+        "density": shape.density,
     }
 
 

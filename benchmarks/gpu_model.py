@@ -146,7 +146,8 @@ def softmax_rows(
     """The kernels of a call of bfloat16 on a whole plan."""
     heads = call.batch * call.q_heads
     for kernel in kernels:
-        tiles = config.tiles(H100, torch.bfloat16, call.head_dim, kernel)
+        narrow = plan.narrow(mechanism, cut(call)[0], call.causal)
+        tiles = config.tiles(H100, torch.bfloat16, call.head_dim, kernel, narrow)
         pack = call.groups if call.groups in (1, 2, 4, 8, 16) else 1
         pairs = count(mechanism, call, tiles.rows // pack, tiles.keys)
         of_keys, of_values = _PRODUCTS[kernel]
@@ -179,7 +180,7 @@ def decode_row(batch: int, n: int, kv_heads: int, width: int = 128, heads: int =
     """One new token over keys and values that are read once."""
     size = batch * (2 * n * kv_heads + 2 * heads) * width * 2
     flops = 4.0 * batch * heads * n * width
-    rows = config.decode_tiles(H100, torch.bfloat16, width).rows
+    rows = config.decode_tiles(H100, torch.bfloat16, width, 16).rows
     visited = flops * max(1, rows * kv_heads / heads)
     call = f"decode B={batch}, N={n}, kv heads {kv_heads}"
     return Row("decode", call, flops, float(size), visited, float(size))

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gpu_goals
+
 from sparseattn.harness import store
 
 RESULTS = Path(__file__).parent / "results"
@@ -118,6 +120,11 @@ def _measured(document: dict[str, Any] | None) -> str:
     found.append(f"{len(checks)} configurations checked against float64, {len(wrong)} wrong.")
     if wrong:
         found.append("\n".join(f"- {row['call']}: {row['problem']}" for row in wrong))
+    goals = [
+        [goal.goal, goal.asked, goal.found, "met" if goal.met else "short"]
+        for goal in gpu_goals.goals(document)
+    ]
+    found.append(table(["goal", "asked for", "found", ""], goals))
     lines = []
     for row in document["rows"]:
         peers = {name: ms for name, ms in row["peers_ms"].items() if ms is not None}

@@ -155,6 +155,7 @@ def lend_memory() -> None:
     triton.set_allocator(_scratch)
 
 
+@lru_cache(maxsize=1024)
 def halves(value: float) -> tuple[float, float]:
     """A float64 number as a sum of two that float32 holds to 48 bits: Triton passes no float64."""
     first = float(torch.tensor(value, dtype=torch.float32))

@@ -27,7 +27,7 @@ def serves(call: AttentionCall) -> bool:
 
 def split_size(keys: int) -> int:
     """Keys of a part: enough parts to fill a GPU, large enough that merging them costs little."""
-    return 256 if keys <= 2**14 else 1024
+    return 256 if keys <= 2**14 else 1024 if keys <= 2**16 else 2048
 
 
 def attend(
@@ -65,7 +65,7 @@ def attend(
     on = target(q.device)
     rows = max(16, config.padded(call.n * call.groups))
     width = max(call.head_dim, call.value_dim)
-    tiles = config.decode_tiles(on, q.dtype, width)
+    tiles = config.decode_tiles(on, q.dtype, width, rows)
     constant = constants(on, q.dtype, call)
     parts = (call.batch, call.kv_heads, splits, rows)
     part = torch.empty((*parts, constant["DV"]), dtype=number, device=q.device)
@@ -85,7 +85,7 @@ def attend(
         *(*steps, *numbers(call), call.head_dim, call.value_dim, call.groups, call.n),
         *(low, high, begin, max(end, begin), splits),
         MASKED=mask is not None,
-        ROWS=rows,
+        ROWS=tiles.rows,
         KEYS=tiles.keys,
         SPLIT=size,
         EVEN=(constant["D"], constant["DV"]) == (call.head_dim, call.value_dim),

@@ -175,40 +175,41 @@ def forward(
             start, stop = (0, edges) if BAND else (outer, end)
         else:
             start, stop = (inner, outer) if BAND else (begin, outer)
-        for at in tl.range(start, stop, KEYS if BAND and not MASKED else 1):
-            if not BAND:
-                base = tl.load(COLS + at) * KEYS
-            elif MASKED:
-                base = edge_of(at, begin, outer, left, KEYS)
-            else:
-                base = at
-            key = base + span
-            seen = real[:, None]
-            some = key < m  # seen by any row of the tile
-            if MASKED:
-                if BAND:
-                    seen = between(key, lowest, highest)
-                    some = (key >= low + first) & (key < end)
+        if start < stop:  # entering a loop costs, where loads are under way before it
+            for at in tl.range(start, stop, KEYS if BAND and not MASKED else 1):
+                if not BAND:
+                    base = tl.load(COLS + at) * KEYS
+                elif MASKED:
+                    base = edge_of(at, begin, outer, left, KEYS)
                 else:
-                    look = tl.load(LOOKS + at)
-                    seen = seen_in_tile(MASKS, look, row // PACK, span, QUERIES, KEYS)
-                    some = any_in_tile(MASKS, look, span, QUERIES, KEYS)
-            if HOLES:
-                allowed = tl.load(hole_at + key, mask=key < m, other=0) != 0
-                seen = seen & allowed[None, :]
-                some = some & allowed
-            k_at = key_at + tl.cast(base, tl.int64) * k_row + k_offset
-            v_at = value_at + tl.cast(base, tl.int64) * v_row + v_offset
-            if EVEN and not (MASKED or HOLES):
-                k = tl.load(k_at)
-                v = tl.load(v_at)
-            else:
-                k = tl.load(k_at, in_width(some, d, head_dim, EVEN), 0.0)
-                v = tl.load(v_at, in_width(some, e, value_dim, EVEN), 0.0)
-            total, top, out = take_keys(
-                *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, cap),
-                *(MASKED or HOLES, SOFTCAP, PRECISION, NUMBER, INPUT),
-            )
+                    base = at
+                key = base + span
+                seen = real[:, None]
+                some = key < m  # seen by any row of the tile
+                if MASKED:
+                    if BAND:
+                        seen = between(key, lowest, highest)
+                        some = (key >= low + first) & (key < end)
+                    else:
+                        look = tl.load(LOOKS + at)
+                        seen = seen_in_tile(MASKS, look, row // PACK, span, QUERIES, KEYS)
+                        some = any_in_tile(MASKS, look, span, QUERIES, KEYS)
+                if HOLES:
+                    allowed = tl.load(hole_at + key, mask=key < m, other=0) != 0
+                    seen = seen & allowed[None, :]
+                    some = some & allowed
+                k_at = key_at + tl.cast(base, tl.int64) * k_row + k_offset
+                v_at = value_at + tl.cast(base, tl.int64) * v_row + v_offset
+                if EVEN and not (MASKED or HOLES):
+                    k = tl.load(k_at)
+                    v = tl.load(v_at)
+                else:
+                    k = tl.load(k_at, in_width(some, d, head_dim, EVEN), 0.0)
+                    v = tl.load(v_at, in_width(some, e, value_dim, EVEN), 0.0)
+                total, top, out = take_keys(
+                    *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, cap),
+                    *(MASKED or HOLES, SOFTCAP, PRECISION, NUMBER, INPUT),
+                )
 
     out, lse = softmax_of(total, top, out)
     tl.store(

@@ -21,6 +21,7 @@ from ....layout import Grid
 from ....runs import Run
 from ...held import Held
 from ..looks import FULL, look_at
+from . import config
 
 _HELD_BYTES = 128 * 2**20
 
@@ -71,23 +72,32 @@ _lists: Held[_Lists] = Held(_HELD_BYTES)
 
 
 @lru_cache(maxsize=4096)
-def _band(
+def band(
     mechanism: Any, n: int, m: int, causal: bool, offset: int
 ) -> tuple[int | None, int | None] | None:
-    band: tuple[int | None, int | None] | None
-    band = mechanism.clauses(Grid(n, m, causal, offset)).as_band()
-    return band
+    """The band of keys `i - first .. i + second` that query i of a run sees; None for no band."""
+    found: tuple[int | None, int | None] | None
+    found = mechanism.clauses(Grid(n, m, causal, offset)).as_band()
+    return found
 
 
 def band_ends(mechanism: Any, run: Run, causal: bool) -> tuple[int, int] | None:
     """`low` and `high` of a run whose pattern is one band, within int32; None for any other."""
-    band = _band(mechanism, run.n, run.m, causal, run.offset)
-    if band is None:
+    found = band(mechanism, run.n, run.m, causal, run.offset)
+    if found is None:
         return None
     far = max(run.n, run.m) + 1
-    low = -far if band[0] is None else min(max(run.offset - band[0], -far), far)
-    high = far if band[1] is None else min(max(run.offset + band[1], -far), far)
+    low = -far if found[0] is None else min(max(run.offset - found[0], -far), far)
+    high = far if found[1] is None else min(max(run.offset + found[1], -far), far)
     return low, high
+
+
+def narrow(mechanism: Any, run: Run, causal: bool) -> bool:
+    """Whether a row sees few keys, however long its run: a short band, or chosen blocks."""
+    found = band(mechanism, run.n, run.m, causal, run.offset)
+    if found is None:
+        return True
+    return found[0] is not None and found[1] is not None and sum(found) < config.NARROW
 
 
 def pack_bits(masks: Tensor) -> NDArray[np.int32]:
