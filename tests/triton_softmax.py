@@ -76,15 +76,6 @@ def few() -> Iterator[Case]:
     yield "full", qkv(2, 600, 16, 1, 32, BF16), {}
 
 
-def specialised() -> Iterator[Case]:
-    """The kernel for Hopper, which `SPARSEATTN_TRITON_SPECIALISED=1` chooses."""
-    for dtype in (F16, BF16):
-        yield "full", qkv(257, 257, 2, 2, 16, dtype), {"causal": True}
-        yield "windowed(window=(10, 90))", qkv(150, 100, 4, 2, 40, dtype, 64), {}
-    packed = torch.tensor([[0] * 30 + [1] * 50 + [2] * 20, [5] * 70 + [6] * 30])
-    yield "windowed(window=20)", qkv(100, 100, 2, 1, 16, F16), {"q_segments": packed}
-
-
 def small() -> Iterator[Case]:
     """What planted bugs are looked for with."""
     yield "windowed(window=70)", qkv(150, 150, 4, 2, 16, F32), {"causal": True}
@@ -140,7 +131,7 @@ def conduct() -> dict[str, bool]:
     return found
 
 
-GROUPS = {f.__name__: f for f in (bands, lists, few, specialised, small)}
+GROUPS = {f.__name__: f for f in (bands, lists, few, small)}
 
 
 def main(name: str) -> None:

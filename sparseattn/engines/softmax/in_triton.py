@@ -20,12 +20,11 @@ from ..triton_launch import (
     MOST_WIDTH,
     halves,
     launch,
-    lend_memory,
     missing,
     reasons_against,
     target,
 )
-from . import few_in_triton, selected_in_triton
+from . import few_in_triton, selected_in_triton, specialised_in_triton
 from .launches import constants, numbers, rows_of
 
 if TYPE_CHECKING:
@@ -113,9 +112,9 @@ class _Launcher:
             return out, lse
         if self.whole and few_in_triton.serves(call):
             return self.few()
-        special = self.specialised()
+        special = specialised_in_triton.tiles(self)
         if special is not None:
-            self.launch_specialised(special, out, lse)
+            specialised_in_triton.forward(self, special, out, lse)
             return out, lse
         tiles = self.tiles("forward")
         made = self.plan(tiles)
@@ -129,45 +128,6 @@ class _Launcher:
             **self.constants(tiles, made.band),
         )
         return out, lse
-
-    def specialised(self) -> Tiles | None:
-        """The tiles of the kernel for Hopper, where it serves this call and is chosen."""
-        from .triton import config, plan
-
-        width = max(self.call.head_dim, self.call.value_dim)
-        tiles = config.specialised(self.target, self.q.dtype, width)
-        if tiles is None or self.holes:
-            return None
-        # What a tensor descriptor asks for: everything starts at a multiple of 16 bytes.
-        for x in (self.q, self.k, self.v):
-            steps = [step * x.element_size() for step in x.stride()[:3]]
-            if x.data_ptr() % 16 or any(step % 16 for step in steps) or steps[2] == 0:
-                return None
-        if self.call.value_dim * self.q.element_size() % 16:
-            return None
-        banded = (plan.band_ends(self.mechanism, run, self.call.causal) for run in self.runs)
-        return tiles if all(ends is not None for ends in banded) else None
-
-    def launch_specialised(self, tiles: Tiles, out: Tensor, lse: Tensor) -> None:
-        from .triton import plan
-        from .triton.hopper import forward_specialised
-
-        call, q, k, v = self.call, self.q, self.k, self.v
-        made = plan.make(self.mechanism, call, self.runs, tiles.rows, tiles.keys)
-        lend_memory()
-        launch(
-            forward_specialised,
-            (len(made.tiles), call.q_heads, self.batch),
-            *(q, k, v, out, lse, made.runs, made.tiles),
-            *(stride for x in (q, k, v, out) for stride in x.stride()[:3]),
-            *(*lse.stride()[:2], *self.numbers()),
-            *(call.head_dim, call.value_dim, call.groups),
-            **constants(self.target, q.dtype, call),
-            ROWS=tiles.rows,
-            KEYS=tiles.keys,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
 
     def few(self) -> tuple[Tensor, Tensor]:
         """Few queries over many keys: cut along the keys, without a table."""

@@ -1,0 +1,48 @@
+"""How the forward kernel for Hopper is cut, and where it is chosen."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from ...triton_launch import Target
+
+
+class Cut(NamedTuple):
+    """Of `forward_specialised`: warpgroups with rows of their own, keys of a block, places of a
+    ring, whether powers are held before the wait, whether consumers take turns, and whether
+    programs stay for many tiles."""
+
+    consumers: int = 2
+    keys: int = 128
+    stages: int = 2
+    pin: bool = True
+    turns: bool = False
+    persistent: bool = False
+
+
+ROWS = 128  # of a tile, all consumers together
+WIDTHS = (64, 128)
+# Versions of Triton with which it was compiled and run.
+VERSIONS = frozenset({(3, 6)})
+# Capabilities on which it was measured to be right, and faster than `forward`.
+_ON: frozenset[int] = frozenset()
+_CUTS = {64: Cut(), 128: Cut()}  # by the wider of keys and values
+
+
+def cut(target: Target, dtype: torch.dtype, head_dim: int, value_dim: int) -> Cut | None:
+    """The cut where the kernel serves and is chosen.
+
+    `SPARSEATTN_TRITON_SPECIALISED=1` chooses it wherever it serves, and 0 nowhere.
+    """
+    asked = os.environ.get("SPARSEATTN_TRITON_SPECIALISED", "")
+    serves = target.backend == "cuda" and target.arch == 90
+    if not serves or not (asked == "1" or (asked != "0" and target.arch in _ON)):
+        return None
+    if dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if head_dim not in WIDTHS or value_dim not in WIDTHS:
+        return None
+    return _CUTS[max(head_dim, value_dim)]
