@@ -78,11 +78,10 @@ def _descriptor(x: Tensor, size: int) -> Any:
 
 def forward(shared: _Launcher, tiles: Cut, out: Tensor, lse: Tensor) -> None:
     """Fill out and lse."""
-    from .triton import hopper_config, plan
+    from .triton import plan
     from .triton.hopper import forward_specialised
 
     call: AttentionCall = shared.call
-    rows = hopper_config.ROWS
     for run in shared.runs:
         ends = plan.band_ends(shared.mechanism, run, call.causal)
         assert ends is not None
@@ -96,25 +95,25 @@ def forward(shared: _Launcher, tiles: Cut, out: Tensor, lse: Tensor) -> None:
             part.fill_(-torch.inf)
             continue
         k, v = (x[run.batch, :, seen] for x in (shared.k, shared.v))
-        count = -(-run.n // rows)
+        count = -(-run.n // (tiles.consumers * tiles.rows))
         total = count * call.q_heads * q.shape[0]
         programs = min(total, _processors(q.device)) if tiles.persistent else total
         launch(
             forward_specialised,
             (programs,),
             part,
-            _descriptor(q, rows // tiles.consumers),
+            _descriptor(q, tiles.rows),
             *(_descriptor(x, tiles.keys) for x in (k, v)),
-            _descriptor(o, rows // tiles.consumers),
+            _descriptor(o, tiles.rows),
             *part.stride()[:2],
             *(run.n, top - bottom, ends[0] - bottom, ends[1] - bottom),
             *(count, call.q_heads, call.groups, total, sum(shared.numbers()[:2])),
             CONSUMERS=tiles.consumers,
-            ROWS=rows // tiles.consumers,
+            ROWS=tiles.rows,
             KEYS=tiles.keys,
             QUERIES=2 if tiles.persistent else 1,
             STAGES=tiles.stages,
             PIN=tiles.pin,
             TURNS=tiles.turns,
-            num_warps=8 // tiles.consumers,
+            num_warps=tiles.rows // 16,
         )

@@ -126,14 +126,16 @@ def _pinned(x, where, PIN: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(dots, top, scale, lowest, highest, at, MASKED: gl.constexpr):
+def _weigh(dots, top, scale, lowest, highest, at, MASK: gl.constexpr):
     """Weights of a block of keys from its products with queries, the new maximum, and the factor
     for what was summed before."""
     layout: gl.constexpr = dots.type.layout
     KEYS: gl.constexpr = dots.shape[1]
-    if MASKED:
+    if MASK != "":
         key = at + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
-        seen = (key[None, :] >= lowest[:, None]) & (key[None, :] <= highest[:, None])
+        seen = key[None, :] <= highest[:, None]
+        if MASK == "both":
+            seen = seen & (key[None, :] >= lowest[:, None])
         dots = gl.where(seen, dots, float("-inf"))
     higher = gl.maximum(top, gl.max(dots, 1))
     base = gl.where(higher == float("-inf"), 0.0, higher) * scale
@@ -200,7 +202,7 @@ def _blocks(
     turns,
     WHICH: gl.constexpr,
     TURNS: gl.constexpr,
-    MASKED: gl.constexpr,
+    MASK: gl.constexpr,
     STAGES: gl.constexpr,
     PIN: gl.constexpr,
     LAYOUT: gl.constexpr,
@@ -221,7 +223,7 @@ def _blocks(
             mbarrier.arrive(turns.index(1 - WHICH))
         dots = warpgroup_mma_wait(1, deps=[dots])
         _let_go(k_empty.index(j % STAGES))
-        powers, top, shrink = _weigh(dots, top, scale, lowest, highest, begin + at * KEYS, MASKED)
+        powers, top, shrink = _weigh(dots, top, scale, lowest, highest, begin + at * KEYS, MASK)
         total = _pinned(total * shrink + gl.sum(powers, 1), spare, PIN)
         out, weights = warpgroup_mma_wait(0, deps=[sums, weights])
         _let_go(v_empty.index((j - 1) % STAGES))
@@ -286,7 +288,7 @@ def _attend(
                 mbarrier.arrive(turns.index(1 - WHICH))
             dots = warpgroup_mma_wait(0, deps=[dots])
             _let_go(k_empty.index(used % STAGES))
-            powers, top, _ = _weigh(dots, top, scale, lowest, highest, begin, True)
+            powers, top, _ = _weigh(dots, top, scale, lowest, highest, begin, "both")
             total = gl.sum(powers, 1)
             weights = _operand(powers, OUT_LAYOUT, INPUT)
             if KEYS < CONSUMERS * ROWS:
@@ -294,19 +296,19 @@ def _attend(
                     *(1, left, weights, total, top, out, q, k_shared, v_shared),
                     *(k_full, k_empty, v_full, v_empty, used, begin, lowest, highest, scale, LSE),
                     *(turns, WHICH, TURNS),
-                    *(True, STAGES, PIN, LAYOUT, INPUT),
+                    *("both", STAGES, PIN, LAYOUT, INPUT),
                 )
             weights, total, top, out = _blocks(
                 *(left, right, weights, total, top, out, q, k_shared, v_shared),
                 *(k_full, k_empty, v_full, v_empty, used, begin, lowest, highest, scale, LSE),
                 *(turns, WHICH, TURNS),
-                *(False, STAGES, PIN, LAYOUT, INPUT),
+                *("", STAGES, PIN, LAYOUT, INPUT),
             )
             weights, total, top, out = _blocks(
                 *(right, count, weights, total, top, out, q, k_shared, v_shared),
                 *(k_full, k_empty, v_full, v_empty, used, begin, lowest, highest, scale, LSE),
                 *(turns, WHICH, TURNS),
-                *(True, STAGES, PIN, LAYOUT, INPUT),
+                *("upper", STAGES, PIN, LAYOUT, INPUT),
             )
             last = used + count - 1
             sums = _sums(weights, out, v_shared, v_full, last, STAGES)
@@ -406,7 +408,32 @@ def forward_specialised(
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     band = (n, m, low, high, tiles, heads, total)
     # Constants in a tuple that has a name would become numbers of the running program.
-    if CONSUMERS == 2:
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (
+                    _attend,
+                    (
+                        consumer,
+                        barriers,
+                        band,
+                        scale,
+                        0,
+                        CONSUMERS,
+                        ROWS,
+                        KEYS,
+                        QUERIES,
+                        STAGES,
+                        PIN,
+                        TURNS,
+                    ),
+                ),
+                (_load, (producer, barriers, band, groups, CONSUMERS, ROWS, KEYS, QUERIES, STAGES)),
+            ],
+            [1],
+            [24],
+        )
+    elif CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (
@@ -468,8 +495,42 @@ def forward_specialised(
                         TURNS,
                     ),
                 ),
+                (
+                    _attend,
+                    (
+                        consumer,
+                        barriers,
+                        band,
+                        scale,
+                        1,
+                        CONSUMERS,
+                        ROWS,
+                        KEYS,
+                        QUERIES,
+                        STAGES,
+                        PIN,
+                        TURNS,
+                    ),
+                ),
+                (
+                    _attend,
+                    (
+                        consumer,
+                        barriers,
+                        band,
+                        scale,
+                        2,
+                        CONSUMERS,
+                        ROWS,
+                        KEYS,
+                        QUERIES,
+                        STAGES,
+                        PIN,
+                        TURNS,
+                    ),
+                ),
                 (_load, (producer, barriers, band, groups, CONSUMERS, ROWS, KEYS, QUERIES, STAGES)),
             ],
-            [1],
-            [24],
+            [4, 4, 1],
+            [160, 160, 32],
         )

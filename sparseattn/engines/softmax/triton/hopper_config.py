@@ -11,11 +11,12 @@ from ...triton_launch import Target
 
 
 class Cut(NamedTuple):
-    """Of `forward_specialised`: warpgroups with rows of their own, keys of a block, places of a
+    """Of `forward_specialised`: warpgroups with rows of their own, rows of each, keys of a block, places of a
     ring, whether powers are held before the wait, whether consumers take turns, and whether
     programs stay for many tiles."""
 
     consumers: int = 2
+    rows: int = 64
     keys: int = 128
     stages: int = 2
     pin: bool = True
@@ -23,7 +24,6 @@ class Cut(NamedTuple):
     persistent: bool = False
 
 
-ROWS = 128  # of a tile, all consumers together
 WIDTHS = (64, 128)
 # Versions of Triton with which it was compiled and run.
 VERSIONS = frozenset({(3, 6)})
