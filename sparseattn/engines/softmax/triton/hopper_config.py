@@ -11,9 +11,15 @@ from ...triton_launch import Target
 
 
 class Cut(NamedTuple):
-    """Of `forward_specialised`: warpgroups with rows of their own, rows of each, keys of a block, places of a
-    ring, whether powers are held before the wait, whether consumers take turns, and whether
-    programs stay for many tiles."""
+    """Of `forward_specialised`.
+
+    Attributes:
+        consumers, rows: warpgroups that compute, and the queries of each.
+        keys: of a block. stages: blocks in a ring.
+        pin: whether powers are taken before the products beside them are waited for.
+        turns: whether consumers take turns at issuing products.
+        persistent: whether a program has many tiles, and there are as many as processors.
+    """
 
     consumers: int = 2
     rows: int = 64
