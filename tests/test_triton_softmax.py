@@ -31,14 +31,14 @@ def test_conduct() -> None:
 PLANTS = {
     "the right edge is one key late": (
         "triton/plan.py",
-        "high = far if band[1] is None else min(max(run.offset + band[1], -far), far)",
-        "high = far if band[1] is None else min(max(run.offset + band[1] + 1, -far), far)",
+        "high = far if found[1] is None else min(max(run.offset + found[1], -far), far)",
+        "high = far if found[1] is None else min(max(run.offset + found[1] + 1, -far), far)",
         {"out", "lse"},
     ),
     "the interior starts a block early": (
-        "triton/forward.py",
-        "inner = tl.maximum((tl.maximum(low + last, 0) + KEYS - 1) // KEYS * KEYS, begin)",
-        "inner = tl.maximum(tl.maximum(low + last, 0) // KEYS * KEYS, begin)",
+        "triton/weights.py",
+        "inner = tl.maximum((tl.maximum(low + last, 0) + SIZE - 1) // SIZE * SIZE, begin)",
+        "inner = tl.maximum(tl.maximum(low + last, 0) // SIZE * SIZE, begin)",
         {"out", "lse"},
     ),
     "another head of the group": (
@@ -67,7 +67,7 @@ PLANTS = {
     ),
     "parts are merged as if alike": (
         "triton/decode.py",
-        "weight = tl.exp2(lse - anchor)",
+        "weight = tl.exp2((lse - anchor) * LOG2E)",
         "weight = tl.where(there, 1.0, 0.0).to(NUMBER)",
         {"out"},
     ),

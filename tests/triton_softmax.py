@@ -111,7 +111,17 @@ def conduct() -> dict[str, bool]:
         found[f"{spec}: the same bits alone"] = torch.equal(
             clean[1:], sa.attention(q[1:], k[1:], v[1:], spec, **{**kw, "key_mask": mask[1:]})
         )
-    found["tiles served these"] = set(launched) == {"forward"}
+        later = [x.detach() for x in qkv(70, 90, 4, 2, 16, F32)]
+        for x in later[1:]:
+            x[:, :, 70:] = torch.nan
+        for x in later:
+            x.requires_grad_()
+        out = sa.attention(*later, spec, causal=True, q_offset=0, impl="triton")
+        grads = torch.autograd.grad(out.sum(), later)
+        found[f"{spec}: keys after all queries have no gradient"] = all(
+            bool((x[:, :, 70:] == 0).all()) for x in grads[1:]
+        )
+    found["tiles served these"] = set(launched) == {"forward", "grad_queries", "grad_keys"}
     launched.clear()
     for spec in ("full", "windowed(window=40)", "windowed(window=40, sinks=4)", "bigbird(block=8)"):
         mech = sa.mechanism(spec)

@@ -25,7 +25,7 @@ from ..triton_launch import (
     target,
 )
 from . import few_in_triton, selected_in_triton, specialised_in_triton
-from .launches import constants, numbers, rows_of
+from .launches import constants, numbers, rows_of, units
 
 if TYPE_CHECKING:
     from .triton.config import Tiles
@@ -60,13 +60,12 @@ class _Launcher:
         self.target = target(q.device)
         self.pack = _pack(call)
 
-    @property
-    def whole(self) -> bool:
-        """Whether one run has every query of the call."""
-        if len(self.runs) != 1:
+    def whole(self, queries: bool = True) -> bool:
+        """Whether one run has every query of the call, or every key."""
+        if len(self.runs) != 1 or self.runs[0].batch != slice(0, self.call.batch):
             return False
         run = self.runs[0]
-        return run.n == self.call.n and run.batch == slice(0, self.call.batch)
+        return run.n == self.call.n if queries else run.m == self.call.m
 
     def numbers(self) -> tuple[float, ...]:
         return numbers(self.call)
@@ -87,10 +86,12 @@ class _Launcher:
         }
 
     def tiles(self, kernel: str) -> Tiles:
-        from .triton import config
+        from .triton import config, plan
 
         width = max(self.call.head_dim, self.call.value_dim)
-        return config.tiles(self.target, self.q.dtype, width, kernel)
+        causal = self.call.causal
+        narrow = any(plan.narrow(self.mechanism, run, causal) for run in self.runs)
+        return config.tiles(self.target, self.q.dtype, width, kernel, narrow)
 
     def plan(self, tiles: Tiles, transposed: bool = False) -> Any:
         from .triton import plan
@@ -105,12 +106,14 @@ class _Launcher:
 
         call, q, k, v = self.call, self.q, self.k, self.v
         shape = (call.batch, call.q_heads, call.n)
-        make = torch.empty if self.whole else torch.zeros
-        out = make((*shape, call.value_dim), dtype=q.dtype, device=q.device)
-        lse = torch.full(shape, -torch.inf, dtype=wide(q.dtype), device=q.device)
+        out = torch.empty((*shape, call.value_dim), dtype=q.dtype, device=q.device)
+        lse = torch.empty(shape, dtype=wide(q.dtype), device=q.device)
+        if not self.whole():  # queries in no run are empty rows
+            out.zero_()
+            lse.fill_(-torch.inf)
         if not self.runs:
             return out, lse
-        if self.whole and few_in_triton.serves(call):
+        if self.whole() and few_in_triton.serves(call):
             return self.few()
         special = specialised_in_triton.tiles(self)
         if special is not None:
@@ -124,7 +127,7 @@ class _Launcher:
             *(q, k, v, out, lse, *made[:5], self.key_mask),
             *(stride for x in (q, k, v, out) for stride in x.stride()[:3]),
             *(*lse.stride()[:2], self.key_mask.stride(0)),
-            *(*self.numbers(), call.head_dim, call.value_dim, call.groups),
+            *(*self.numbers(), *units(call), call.head_dim, call.value_dim, call.groups),
             **self.constants(tiles, made.band),
         )
         return out, lse
@@ -151,8 +154,10 @@ class _Launcher:
         from .triton.backward import grad_keys, grad_queries
 
         call, q, k, v = self.call, self.q, self.k, self.v
-        # Queries and keys in no run have no gradient.
-        dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        for x in (dq, dk, dv):
+            if not self.whole(queries=x is dq):  # what is in no run has no gradient
+                x.zero_()
         if not self.runs:
             return dq, dk, dv
         delta = torch.empty_like(lse)

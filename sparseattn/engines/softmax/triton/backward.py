@@ -287,7 +287,7 @@ def grad_keys(
     # The band as keys see it: key j is seen by the queries from `j - high` to `j - low`.
     if BAND:
         lowest = key - high
-        highest = key - low
+        highest = tl.minimum(key - low, n - 1)  # a key that no query sees may be NaN
         begin, end, inner, outer, left, edges = band_of(-high, -low, first, KEYS, m, n, ROWS)
     else:
         begin = tl.load(tile + 2)
@@ -320,6 +320,7 @@ def grad_keys(
                     else:
                         look = tl.load(LOOKS + at)
                         seen = seen & seen_in_tile(MASKS, look, span, row, KEYS, ROWS)
+                        seen = seen & some[None, :]
                         some = some & any_in_tile(MASKS, look, row, KEYS, ROWS)
                 start_row = tl.cast(q_first + base, tl.int64)
                 q_row_at = q_at + start_row * q_row

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import positive, softmax_of, take_keys
+from .forward import factors, softmax_of, take_keys
 from .weights import LN2, LOG2E, in_width
 
 
@@ -42,6 +42,8 @@ def part_of_keys(
     scale_rest,
     cap,
     cap_rest,
+    unit,
+    unit_rest,
     head_dim,
     value_dim,
     groups,
@@ -83,8 +85,7 @@ def part_of_keys(
     span = tl.arange(0, KEYS)
     q_at = batch * q_batch + (head * q_head + query.to(tl.int64) * q_row)[:, None] + d[None, :]
     q = tl.load(Q + q_at, in_width(real, d, head_dim, EVEN), 0.0).to(INPUT)
-    if not SOFTCAP:
-        q, scale = positive(q, scale, NUMBER, INPUT)
+    q, by = factors(q, scale, cap, SOFTCAP, NUMBER, INPUT)
     k_offset = span[:, None] * k_row + d[None, :]
     v_offset = span[:, None] * v_row + e[None, :]
     key_at = K + batch * k_batch + kv_head * k_head
@@ -109,10 +110,10 @@ def part_of_keys(
         k = tl.load(key_at + base * k_row + k_offset, in_width(some, d, head_dim, EVEN), 0.0)
         v = tl.load(value_at + base * v_row + v_offset, in_width(some, e, value_dim, EVEN), 0.0)
         total, top, out = take_keys(
-            *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, cap),
+            *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, by),
             *(True, SOFTCAP, PRECISION, NUMBER, INPUT),
         )
-    out, lse = softmax_of(total, top, out)
+    out, lse = softmax_of(total, top, out, unit, unit_rest, NUMBER)
     part = ((batch * tl.num_programs(1) + kv_head) * splits + split) * ROWS + row
     tl.store(PART + part[:, None] * DV + e[None, :], out, mask=real[:, None])
     tl.store(PART_LSE + part, lse, mask=real)
@@ -151,19 +152,19 @@ def merge_parts(
     for at in range(0, splits, AT_ONCE):
         place = base + (at + split).to(tl.int64) * ROWS
         there = at + split < splits
-        lse = tl.load(PART_LSE + place, there, float("-inf")) * LOG2E
+        lse = tl.load(PART_LSE + place, there, float("-inf"))
         part = tl.load(PART + place[:, None] * DV + e[None, :], there[:, None], 0.0)
         higher = tl.maximum(top, lse)
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2(top - anchor)
-        weight = tl.exp2(lse - anchor)
+        shrink = tl.exp2((top - anchor) * LOG2E)
+        weight = tl.exp2((lse - anchor) * LOG2E)
         total = total * shrink + weight
         out = out * shrink[:, None] + part * weight[:, None]
         top = higher
     # The lanes, too, are parts of disjoint keys.
     highest = tl.max(top, 0)
     anchor = tl.where(highest == float("-inf"), 0.0, highest)
-    share = tl.exp2(top - anchor)
+    share = tl.exp2((top - anchor) * LOG2E)
     whole = tl.sum(total * share, 0)
     result = tl.sum(out * share[:, None], 0)
     some = tl.where(whole == 0, 1.0, whole)
@@ -174,5 +175,5 @@ def merge_parts(
         (result / some).to(OUT.dtype.element_ty),
         mask=e < value_dim,
     )
-    lse = tl.where(whole == 0, float("-inf"), (anchor + tl.log2(some)) * LN2)
+    lse = tl.where(whole == 0, float("-inf"), anchor + tl.log2(some) * LN2)
     tl.store(LSE + batch * lse_batch + head * lse_head + query, lse)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .weights import LN2, any_in_tile, band_of, between, capped, edge_of, in_width, seen_in_tile
+from .weights import LN2, any_in_tile, band_of, between, edge_of, in_width, seen_in_tile, tanh
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def take_keys(
     v,
     seen,
     scale,
-    cap,
+    by,
     MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -34,21 +34,20 @@ def take_keys(
 ):
     """Add a block of keys to the running sums of softmax: total `[R]`, top `[R]`, out `[R, DV]`.
 
-    q `[R, D]`, k `[L, D]`, v `[L, DV]`; seen `[R, L]`, if MASKED. Without a softcap, scale must be
-    above 0 (`positive`). Values that no row sees must be finite: a weight of 0 would not silence a
-    NaN. They are loaded as 0.
+    q `[R, D]`, k `[L, D]`, v `[L, DV]`; seen `[R, L]`, if MASKED. A logit in base 2 is `by`, which
+    is above 0, times `q . k`, or with a softcap times the tanh of `scale` times that; `top` is the
+    greatest without `by`, so that `by` and what is subtracted are one operation an element. Values
+    that no row sees must be finite: a weight of 0 would not silence a NaN. They are loaded as 0.
     """
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
     if SOFTCAP:
-        s, _ = capped(s, scale, cap)
+        s = tanh(s * scale)
     if MASKED:
         s = tl.where(seen, s, float("-inf"))
-    # The scale is one operation an element, together with what is subtracted.
-    by = 1.0 if SOFTCAP else scale
-    higher = tl.maximum(top, tl.max(s, 1) * by)
-    base = tl.where(higher == float("-inf"), 0.0, higher)
+    higher = tl.maximum(top, tl.max(s, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher * by)
     powers = tl.exp2(s * by - base[:, None])
-    shrink = tl.exp2(top - base)
+    shrink = tl.exp2(top * by - base)
     total = total * shrink + tl.sum(powers, 1)
     out = out * shrink[:, None]
     out = tl.dot(powers.to(INPUT), v, out, input_precision=PRECISION, out_dtype=NUMBER)
@@ -56,21 +55,28 @@ def take_keys(
 
 
 @triton.jit
-def positive(q, scale, NUMBER: tl.constexpr, INPUT: tl.constexpr):
-    """The same logits from a scale above 0: q with its sign changed where the scale is below it.
+def factors(q, scale, cap, SOFTCAP: tl.constexpr, NUMBER: tl.constexpr, INPUT: tl.constexpr):
+    """q and `by` as `take_keys` has them, the latter above 0.
 
-    A scale of 0 becomes one that still makes every power 1.
+    For a scale below 0 the sign of q is changed, and 0 becomes a scale by which every power is 1.
     """
-    flipped = tl.where(scale < 0, -q.to(NUMBER), q.to(NUMBER)).to(INPUT)
-    return flipped, tl.maximum(tl.abs(scale), 1e-30)
+    if SOFTCAP:
+        return q, cap
+    else:
+        flipped = tl.where(scale < 0, -q.to(NUMBER), q.to(NUMBER)).to(INPUT)
+        return flipped, tl.maximum(tl.abs(scale), 1e-30)
 
 
 @triton.jit
-def softmax_of(total, top, out):
-    """The quotient and the natural log normaliser; 0 and -inf for a row that saw nothing."""
+def softmax_of(total, top, out, unit, unit_rest, NUMBER: tl.constexpr):
+    """The quotient and the natural log normaliser; 0 and -inf for a row that saw nothing.
+
+    `unit` and its rest turn `top` into a natural logit.
+    """
     empty = total == 0
     some = tl.where(empty, 1.0, total)
-    return out / some[:, None], tl.where(empty, float("-inf"), (top + tl.log2(some)) * LN2)
+    lse = top * tl.cast(unit, NUMBER) + (top * tl.cast(unit_rest, NUMBER) + tl.log2(some) * LN2)
+    return out / some[:, None], tl.where(empty, float("-inf"), lse)
 
 
 @triton.jit(do_not_specialize=["lse_batch", "lse_head", "mask_batch"])
@@ -105,6 +111,8 @@ def forward(
     scale_rest,
     cap,
     cap_rest,
+    unit,
+    unit_rest,
     head_dim,
     value_dim,
     groups,
@@ -148,8 +156,7 @@ def forward(
         mask=in_width(real, d, head_dim, EVEN),
         other=0.0,
     ).to(INPUT)
-    if not SOFTCAP:
-        q, scale = positive(q, scale, NUMBER, INPUT)
+    q, by = factors(q, scale, cap, SOFTCAP, NUMBER, INPUT)
     # Within a tile offsets are 32 bits wide: 64 for every element would spill.
     span = tl.arange(0, KEYS)
     key_at = K + batch * k_batch + kv_head * k_head + k_first * k_row
@@ -207,11 +214,11 @@ def forward(
                     k = tl.load(k_at, in_width(some, d, head_dim, EVEN), 0.0)
                     v = tl.load(v_at, in_width(some, e, value_dim, EVEN), 0.0)
                 total, top, out = take_keys(
-                    *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, cap),
+                    *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, by),
                     *(MASKED or HOLES, SOFTCAP, PRECISION, NUMBER, INPUT),
                 )
 
-    out, lse = softmax_of(total, top, out)
+    out, lse = softmax_of(total, top, out, unit, unit_rest, NUMBER)
     tl.store(
         OUT + batch * out_batch + (head * out_head + place * out_row)[:, None] + e[None, :],
         out.to(OUT.dtype.element_ty),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import positive, softmax_of, take_keys
+from .forward import factors, softmax_of, take_keys
 from .weights import LOG2E, any_of, in_width, logits
 
 
@@ -103,6 +103,8 @@ def forward_selected(
     scale_rest,
     cap,
     cap_rest,
+    unit,
+    unit_rest,
     head_dim,
     value_dim,
     groups,
@@ -142,8 +144,7 @@ def forward_selected(
     e = tl.arange(0, DV)
     q_at = batch * q_batch + (head * q_head + place * q_row)[:, None] + d[None, :]
     q = tl.load(Q + q_at, mask=in_width(real, d, head_dim, EVEN), other=0.0).to(INPUT)
-    if not SOFTCAP:
-        q, scale = positive(q, scale, NUMBER, INPUT)
+    q, by = factors(q, scale, cap, SOFTCAP, NUMBER, INPUT)
     key_at = K + batch * k_batch + kv_head * k_head
     value_at = V + batch * v_batch + kv_head * v_head
     hole_at = KEY_MASK + batch * mask_batch
@@ -164,11 +165,11 @@ def forward_selected(
         k = tl.load(k_at, in_width(some, d, head_dim, EVEN), 0.0)
         v = tl.load(v_at, in_width(some, e, value_dim, EVEN), 0.0)
         total, top, out = take_keys(
-            *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, cap),
+            *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, by),
             *(True, SOFTCAP, PRECISION, NUMBER, INPUT),
         )
 
-    out, lse = softmax_of(total, top, out)
+    out, lse = softmax_of(total, top, out, unit, unit_rest, NUMBER)
     tl.store(
         OUT + batch * out_batch + (head * out_head + place * out_row)[:, None] + e[None, :],
         out.to(OUT.dtype.element_ty),

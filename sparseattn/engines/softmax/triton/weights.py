@@ -25,25 +25,15 @@ def tanh(x):
 
 
 @triton.jit
-def capped(dots, scale, cap):
-    """From `q . k` to the softcapped logit in base 2, and the slope of the softcap.
-
-    `scale` holds 1 / softcap already, and `cap` holds log2(e).
-    """
-    t = tanh(dots * scale)
-    return t * cap, 1.0 - t * t
-
-
-@triton.jit
 def logits(dots, scale, cap, SOFTCAP: tl.constexpr):
     """From `q . k` to the logit in base 2, and the slope of the softcap (1 without one).
 
-    `scale` holds log2(e) already, or with a softcap is what `capped` takes.
+    `scale` holds log2(e) already, or with a softcap is 1 / cap instead; `cap` holds log2(e).
     """
+    s, slope = dots * scale, 1.0
     if SOFTCAP:
-        s, slope = capped(dots, scale, cap)
-    else:
-        s, slope = dots * scale, 1.0
+        t = tanh(s)
+        s, slope = t * cap, 1.0 - t * t
     return s, slope
 
 
