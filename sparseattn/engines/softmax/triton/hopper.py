@@ -126,6 +126,18 @@ def _pinned(x, where, PIN: gl.constexpr):
 
 
 @gluon.jit
+def _unless_above(x, a, b):
+    """x, and -inf where a > b. The compiler would pack what it compares itself into bits."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.gt.s32 p, $2, $3; selp.f32 $0, 0fFF800000, $1, p; }",
+        *("=f,f,r,r", [x, a, b]),
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _weigh(dots, top, scale, lowest, highest, at, MASK: gl.constexpr):
     """Weights of a block of keys from its products with queries, the new maximum, and the factor
     for what was summed before."""
@@ -133,10 +145,9 @@ def _weigh(dots, top, scale, lowest, highest, at, MASK: gl.constexpr):
     KEYS: gl.constexpr = dots.shape[1]
     if MASK != "":
         key = at + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
-        seen = key[None, :] <= highest[:, None]
+        dots = _unless_above(dots, key[None, :], highest[:, None])
         if MASK == "both":
-            seen = seen & (key[None, :] >= lowest[:, None])
-        dots = gl.where(seen, dots, float("-inf"))
+            dots = _unless_above(dots, lowest[:, None], key[None, :])
     higher = gl.maximum(top, gl.max(dots, 1))
     base = gl.where(higher == float("-inf"), 0.0, higher) * scale
     weights = _power(dots * scale - base[:, None])
