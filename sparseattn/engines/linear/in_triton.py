@@ -80,14 +80,14 @@ class TritonKernel:
         grad = rows_of(grad_out)
         length = torch.ones(q.shape[:3], dtype=wide(q.dtype), device=q.device)
         mean = torch.zeros_like(length)
-        for piece in pieces(mechanism, q, k, v, call):
+        for piece in pieces(mechanism, q, k, v, call, backward=True):
             piece.grad_queries(grad, length, mean, dq)
         if _lost(mechanism, length, k, call):
             dq, dk, dv, _ = KERNELS["linear:torch"].backward(
                 mechanism, grad_out, grad_lse, q, k, v, out, lse, call
             )
             return dq, dk, dv, None
-        for piece in pieces(mechanism, q, k, v, call, reverse=True):
+        for piece in pieces(mechanism, q, k, v, call, backward=True, reverse=True):
             piece.grad_keys(grad, length, mean, dk, dv)
         return dq, dk, dv, None
 

@@ -14,12 +14,27 @@ from ...runs import Run
 from ..triton_launch import halves, launch, target
 from .maps import FusedMap
 
-_SCAN_BLOCK = 256
+_SCAN_BLOCK, _SCAN_AHEAD = 512, 8
 
 
 def rows_of(x: Tensor) -> Tensor:
     """x with its last dimension in one piece, as kernels read it."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def carry(call: AttentionCall, features: int, kernel: str, projected: bool = False) -> Any:
+    """How a kernel is cut that carries a state of so many features; None where none does."""
+    from .triton import config
+
+    dtype = config.products(call.dtype)
+    return config.carry(target(call.device), dtype, features, call.value_dim, projected, kernel)
+
+
+def span(carry: Any) -> int:
+    """Positions in a span."""
+    from .triton import config
+
+    return config.SPAN if carry is None else config.LONG_SPAN
 
 
 class States(NamedTuple):
@@ -35,6 +50,7 @@ class Launcher:
     Args:
         q, k: `[B, Hq, N, D]`, `[B, Hkv, M, D]`: rows that `maps` take, of queries and of keys.
         gamma: of the decay, `[Hq]`, or None.
+        backward: whether gradients are to be launched too.
     """
 
     def __init__(
@@ -47,14 +63,25 @@ class Launcher:
         maps: tuple[FusedMap, FusedMap],
         normalize: bool,
         gamma: Tensor | None,
+        backward: bool = False,
     ) -> None:
         from .triton import config, plan
 
         self.q, self.k, self.v = (rows_of(x) for x in (q, k, v))
         self.call, self.runs, self.maps, self.normalize = call, runs, maps, normalize
         self.target = target(q.device)
-        self.tiles = config.tiles(self.target, config.products(call.dtype))
-        self.plan = plan.make(call, runs, config.SPAN, self.tiles.rows)
+        own, other = maps
+        self.features = q.shape[-1] if own.projection is None else own.projection.shape[0]
+        self.parts = 1 if own.turn is None else 2
+        self.carry = None
+        if not backward:
+            projected = own.projection is not None
+            self.carry = carry(call, self.features * self.parts, "outputs", projected)
+        self.span = span(self.carry)
+        dtype = config.products(call.dtype)
+        self.tiles = config.tiles(self.target, dtype, self.carry is not None)
+        rows = self.tiles.rows if self.carry is None else self.span
+        self.plan = plan.make(call, runs, self.span, rows)
         self.batch = 1
         if len(runs) == 1:
             self.batch = runs[0].batch.stop - runs[0].batch.start
@@ -66,16 +93,15 @@ class Launcher:
         self.heads = call.kv_heads if gamma is None else call.q_heads
         self.decays = gamma is not None
         self.logs = q if gamma is None else _logs(gamma, q.device)
-        own, other = maps
         self.projection = q if own.projection is None else own.projection.contiguous()
-        self.features = q.shape[-1] if own.projection is None else own.projection.shape[0]
         self.width = q.shape[-1]
-        self.parts = 1 if own.turn is None else 2
         self.number = wide(call.dtype)
         self.block = min(self.tiles.features, config.padded(self.features))
         self.blocks = -(-self.features // self.block)
         self.value_block = min(self.tiles.values, config.padded(call.value_dim))
         self.value_blocks = -(-call.value_dim // self.value_block)
+        self.even = call.value_dim % self.value_block == 0 and self.features % self.block == 0
+        self.even &= self.projection is q or self.width == config.padded(self.width)
         self.size = self.features * self.parts * (call.value_dim + 1)
         self.q_shift = self._shifts(self.q, own)
         self.k_shift = self._shifts(self.k, other)
@@ -99,6 +125,7 @@ class Launcher:
             "NORMALIZE": self.normalize,
             "DECAY": self.decays,
             "HOLES": self.holes,
+            "EVEN": self.even,
             "FUNCTION": self.maps[0].function,
             "PARTS": self.parts,
             "PROJECT": self.maps[0].projection is not None,
@@ -117,8 +144,26 @@ class Launcher:
 
     def _all(self) -> dict[str, Any]:
         return self._constants(
-            *("NORMALIZE", "DECAY", "HOLES", "FUNCTION", "PARTS", "PROJECT", "E")
+            *("NORMALIZE", "DECAY", "HOLES", "EVEN", "FUNCTION", "PARTS", "PROJECT", "E")
         )
+
+    def _carried(self, carry: Any) -> dict[str, Any]:
+        """As `_all`, of a kernel that carries a state."""
+        from .triton import config
+
+        whole = config.padded(self.features * self.parts)
+        even = whole == self.features * self.parts and self.call.value_dim % carry.values == 0
+        if self.maps[0].projection is not None or self.parts == 1:
+            even &= self.width == config.padded(self.width)
+        return self._all() | {
+            "EVEN": even,
+            "ROWS": carry.rows,
+            "D": config.padded(self.width),
+            "F": whole,
+            "E": carry.values,
+            "num_warps": carry.warps,
+            "num_stages": carry.stages,
+        }
 
     def _turn(self) -> tuple[float, float]:
         return halves(self.maps[0].turn or 0.0)
@@ -137,7 +182,7 @@ class Launcher:
             *(x.shape[2], self.width, self.features, self.blocks),
             *(*halves(own.scale), *halves(own.drop)),
             MOST=own.lowered == "most",
-            **self._constants(),
+            **self._constants("EVEN"),
         )
         return made
 
@@ -176,11 +221,12 @@ class Launcher:
             scan,
             (len(self.plan.runs) * blocks, self.heads, self.batch),
             *(met, end if begin is None else begin, end, self.plan.runs, self.logs),
-            *(self.size, self.plan.slots, _span()),
+            *(self.size, self.plan.slots, self.span),
             REVERSE=of_queries,
             DECAY=self.decays,
             BEGINS=begin is not None,
             BLOCK=_SCAN_BLOCK,
+            AHEAD=_SCAN_AHEAD,
         )
         return States(met, end)
 
@@ -194,22 +240,34 @@ class Launcher:
 
     def outputs(self, out: Tensor, length: Tensor, states: States) -> None:
         """Write out `[B, Hq, N, Dv]`, and the row sums `[B, Hq, N]` if they divide."""
+        from .triton.carried import carried_outputs
         from .triton.forward import outputs
 
         call, q, k, v = self.call, self.q, self.k, self.v
-        launch(
-            outputs,
-            (len(self.plan.query_tiles) * self.value_blocks, call.q_heads, self.batch),
-            *(q, k, v, out, length, states.met, self.plan.runs, self.plan.query_tiles),
-            *(self.key_mask, self.logs, self.projection, self.q_shift, self.k_shift),
-            *(stride for x in (q, k, v, out) for stride in x.stride()[:3]),
-            *(*length.stride()[:2], *self.k_shift.stride()[:2], self.key_mask.stride(0)),
-            *(self.width, call.value_dim, self.features, self.blocks, call.groups),
-            *(self.plan.slots, *halves(self.maps[0].scale), *halves(self.maps[1].scale)),
-            *self._turn(),
-            **self._all(),
-            CAUSAL=call.causal,
-        )
+        kernel, values, options = outputs, self.value_block, self._all()
+        sizes = (self.blocks, call.groups, self.plan.slots)
+        whole = self.plan.query_tiles
+        pieces = [(whole, {"CAUSAL": call.causal})]
+        if self.carry is not None:
+            kernel, values, options = carried_outputs, self.carry.values, self._carried(self.carry)
+            sizes = (call.groups, self.plan.slots, self.span)
+            walks = len(whole) - self.plan.met_all
+            pieces = [(whole[:walks], {"CAUSAL": call.causal, "WALK": True})]
+            pieces += [(whole[walks:], {"CAUSAL": call.causal, "WALK": False})]
+        blocks = -(-call.value_dim // values)
+        for tiles, way in pieces:
+            launch(
+                kernel,
+                (len(tiles) * blocks, call.q_heads, self.batch),
+                *(q, k, v, out, length, states.met, self.plan.runs, tiles),
+                *(self.key_mask, self.logs, self.projection, self.q_shift, self.k_shift),
+                *(stride for x in (q, k, v, out) for stride in x.stride()[:3]),
+                *(*length.stride()[:2], *self.k_shift.stride()[:2], self.key_mask.stride(0)),
+                *(self.width, call.value_dim, self.features, *sizes),
+                *(*halves(self.maps[0].scale), *halves(self.maps[1].scale), *self._turn()),
+                **options,
+                **way,
+            )
 
     def query_states(
         self, grad: Tensor, length: Tensor, mean: Tensor, begin: Tensor | None = None
@@ -263,12 +321,6 @@ class Launcher:
         self._gradient(grad_keys, tiles, heads, given, MOST=most)
         values = (self.q, self.k, grad, length, dv, states, length)
         self._gradient(grad_values, tiles, heads, values, blocks=self.value_blocks)
-
-
-def _span() -> int:
-    from .triton import config
-
-    return config.SPAN
 
 
 def _logs(gamma: Tensor, device: torch.device) -> Tensor:

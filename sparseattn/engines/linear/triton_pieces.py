@@ -19,7 +19,7 @@ from ...digits import wide
 from ...runs import Run, cut, trim_future
 from .maps import FusedMap
 from .sweeps import count_features
-from .triton_launcher import Launcher, States
+from .triton_launcher import Launcher, States, carry, span
 
 # Elements of the features that torch makes at once.
 _SLAB_ELEMENTS = 2**26
@@ -108,7 +108,9 @@ class Slab:
         where: tuple[slice, slice, slice],
         positions: tuple[Tensor, Tensor],
         carried: _Carried,
+        backward: bool,
     ) -> None:
+        self.backward = backward
         self.mechanism, self.call, self.runs = mechanism, call, runs
         batch, rows, keys = where
         self.queries, self.keys = (batch, slice(None), rows), (batch, slice(None), keys)
@@ -128,7 +130,7 @@ class Slab:
         identity = FusedMap(), FusedMap()
         return Launcher(
             *(self.phi_q.detach(), self.phi_k.detach(), self.v, self.call, self.runs, identity),
-            *(self.mechanism.normalize, self.mechanism.decay(self.call)),
+            *(self.mechanism.normalize, self.mechanism.decay(self.call), self.backward),
         )
 
     def _key_states(self, on: Launcher) -> States:
@@ -170,31 +172,38 @@ def _pull_back(phi: Tensor, x: Tensor, d_phi: Tensor, d_x: Tensor) -> None:
 
 
 def pieces(
-    mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, reverse: bool = False
+    mechanism: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: AttentionCall,
+    backward: bool = False,
+    reverse: bool = False,
 ) -> Iterator[Fused | Slab]:
-    """The pieces of a call in the order of their positions, or in reverse."""
+    """The pieces of a call, of its gradients if `backward`, in the order of their positions, or in
+    reverse."""
     runs = cut(call)
     if not runs:
         return
     maps = declared(mechanism, call)
     if maps is not None:
         gamma = mechanism.decay(call)
-        yield Fused(Launcher(q, k, v, call, runs, maps, mechanism.normalize, gamma))
+        yield Fused(Launcher(q, k, v, call, runs, maps, mechanism.normalize, gamma, backward))
         return
     features = count_features(mechanism, k, call)
     rows = call.q_heads * call.n + call.kv_heads * call.m
     if call.batch * rows * features <= _SLAB_ELEMENTS:
         whole = slice(0, call.batch), slice(0, call.n), slice(0, call.m)
         places = _places(call, runs)
-        yield Slab(mechanism, q, k, v, call, runs, whole, places, _Carried())
+        yield Slab(mechanism, q, k, v, call, runs, whole, places, _Carried(), backward)
         return
     for run in runs:
         for batch in range(run.batch.start, run.batch.stop):
             carried = _Carried()
-            slabs = list(_slabs(run, call, features))
+            slabs = list(_slabs(run, call, features, backward))
             for slab in reversed(slabs) if reverse else slabs:
                 at, own, place = _cut_out(slab, run, batch, call)
-                yield Slab(mechanism, q, k, v, own, [at], *place, carried)
+                yield Slab(mechanism, q, k, v, own, [at], *place, carried, backward)
 
 
 def _places(call: AttentionCall, runs: list[Run]) -> tuple[Tensor, Tensor]:
@@ -210,13 +219,13 @@ def _places(call: AttentionCall, runs: list[Run]) -> tuple[Tensor, Tensor]:
     return next(made), next(made)
 
 
-def _slabs(run: Run, call: AttentionCall, features: int) -> Iterator[tuple[slice, slice, int]]:
+def _slabs(
+    run: Run, call: AttentionCall, features: int, backward: bool
+) -> Iterator[tuple[slice, slice, int]]:
     """Queries and keys of each slab, as slices of the run's, and where its positions start."""
-    from .triton import config
-
-    span = config.SPAN
+    spanned = span(None if backward else carry(call, features, "outputs"))
     most = _SLAB_ELEMENTS // (features * (call.q_heads + call.kv_heads))
-    size = max(1, most // span) * span
+    size = max(1, most // spanned) * spanned
     nothing = slice(0, 0)
     if not call.causal:
         for start in range(0, run.m, size):
@@ -231,7 +240,7 @@ def _slabs(run: Run, call: AttentionCall, features: int) -> Iterator[tuple[slice
         yield slice(row, last), slice(start, stop), start
         row = last
     # What is left stands after all keys; the state there is that of the end of the last span.
-    end = -(-reach // span) * span
+    end = -(-reach // spanned) * spanned
     for start in range(row, run.n, size):
         yield slice(start, min(start + size, run.n)), nothing, end
 

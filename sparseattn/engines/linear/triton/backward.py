@@ -50,6 +50,7 @@ def take_gradient(
     shift,
     F: tl.constexpr,
     D: tl.constexpr,
+    EVEN: tl.constexpr,
     FUNCTION: tl.constexpr,
     PARTS: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -64,7 +65,7 @@ def take_gradient(
     """
     y, _ = before_function(
         *(X, row_at, real, block, width, count, scale, ROWS_OF, shift),
-        *(F, D, False, PROJECT, PRECISION, NUMBER, INPUT),
+        *(F, D, False, EVEN, PROJECT, PRECISION, NUMBER, INPUT),
     )
     d_y = d_phi * slope_of(y, FUNCTION) * turn_of(position, part, turn, NUMBER, PARTS)[:, None]
     if PROJECT:
@@ -159,6 +160,7 @@ def grad_queries(
     NORMALIZE: tl.constexpr,
     DECAY: tl.constexpr,
     HOLES: tl.constexpr,
+    EVEN: tl.constexpr,
     FUNCTION: tl.constexpr,
     MOST: tl.constexpr,
     PARTS: tl.constexpr,
@@ -291,7 +293,19 @@ def grad_queries(
                     key_shift = tl.load(K_SHIFT + shift_at, there, 0.0)
                 phi_k, fine = features(
                     *(K, k_at, there, key, block, part, width, count, key_scale, turn, ROWS_OF),
-                    *(key_shift, F, D, False, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+                    *(
+                        key_shift,
+                        F,
+                        D,
+                        False,
+                        EVEN,
+                        FUNCTION,
+                        PARTS,
+                        PROJECT,
+                        PRECISION,
+                        NUMBER,
+                        INPUT,
+                    ),
                 )
                 bad = there & ~fine
                 nearby = (key - begin).to(tl.int32)
@@ -305,7 +319,7 @@ def grad_queries(
             d_x, total = take_gradient(
                 *(d_x, total, d_phi * by[:, None], Q, q_at, real, position, block, part, width),
                 *(count, scale, turn, ROWS_OF, shift),
-                *(F, D, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+                *(F, D, EVEN, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
             )
         if not PROJECT:
             put_gradient(
@@ -372,6 +386,7 @@ def grad_keys(
     NORMALIZE: tl.constexpr,
     DECAY: tl.constexpr,
     HOLES: tl.constexpr,
+    EVEN: tl.constexpr,
     FUNCTION: tl.constexpr,
     MOST: tl.constexpr,
     PARTS: tl.constexpr,
@@ -510,7 +525,7 @@ def grad_keys(
                     q_at = batch * q_batch + head * q_head + q_place * q_row
                     phi, fine = features(
                         *(Q, q_at, there, position, block, part, width, count, scale, turn),
-                        *(ROWS_OF, shift, F, D, False, FUNCTION, PARTS, PROJECT, PRECISION),
+                        *(ROWS_OF, shift, F, D, False, EVEN, FUNCTION, PARTS, PROJECT, PRECISION),
                         *(NUMBER, INPUT),
                     )
                     bad = there & (bad | ~fine)
@@ -525,7 +540,7 @@ def grad_keys(
             d_x, total = take_gradient(
                 *(d_x, total, d_phi, K, k_at, real, key, block, part, width),
                 *(count, key_scale, turn, ROWS_OF, key_shift),
-                *(F, D, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+                *(F, D, EVEN, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
             )
         if not PROJECT:
             put_gradient(
@@ -587,6 +602,7 @@ def grad_values(
     NORMALIZE: tl.constexpr,
     DECAY: tl.constexpr,
     HOLES: tl.constexpr,
+    EVEN: tl.constexpr,
     FUNCTION: tl.constexpr,
     PARTS: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -649,7 +665,19 @@ def grad_values(
                 part = b // blocks
                 phi_k, _ = features(
                     *(K, k_at, real, key, block, part, width, count, key_scale, turn, ROWS_OF),
-                    *(key_shift, F, D, False, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+                    *(
+                        key_shift,
+                        F,
+                        D,
+                        False,
+                        EVEN,
+                        FUNCTION,
+                        PARTS,
+                        PROJECT,
+                        PRECISION,
+                        NUMBER,
+                        INPUT,
+                    ),
                 )
                 f = block * F + tl.arange(0, F)
                 state = tl.load(
@@ -681,11 +709,24 @@ def grad_values(
                 part = b // blocks
                 phi_k, _ = features(
                     *(K, k_at, real, key, block, part, width, count, key_scale, turn, ROWS_OF),
-                    *(key_shift, F, D, False, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+                    *(
+                        key_shift,
+                        F,
+                        D,
+                        False,
+                        EVEN,
+                        FUNCTION,
+                        PARTS,
+                        PROJECT,
+                        PRECISION,
+                        NUMBER,
+                        INPUT,
+                    ),
                 )
                 phi, fine = features(
                     *(Q, q_at, there, position, block, part, width, count, scale, turn, ROWS_OF),
-                    *(shift, F, D, True, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+                    *(shift, F, D, True, EVEN, FUNCTION, PARTS, PROJECT, PRECISION),
+                    *(NUMBER, INPUT),
                 )
                 bad_row = bad_row | ~fine
                 weights = tl.dot(phi_k, phi, weights, input_precision=PRECISION, out_dtype=NUMBER)

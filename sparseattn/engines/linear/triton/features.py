@@ -26,7 +26,7 @@ def not_finite(x):
 def function_of(x, FUNCTION: tl.constexpr):
     """The elementwise function of a map; NaN stays NaN."""
     if FUNCTION == "elu_plus_one":
-        x = tl.where(x > 0, x + 1.0, tl.exp(tl.where(x > 0, 0.0, x)))
+        x = tl.exp(tl.minimum(x, 0.0)) + tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif FUNCTION == "relu":
         x = tl.where(x < 0, 0.0, x)
     elif FUNCTION == "exp":
@@ -77,10 +77,25 @@ def multiply(x, y, PRECISION: tl.constexpr, NUMBER: tl.constexpr, INPUT: tl.cons
 
 
 @triton.jit
-def raw_rows(X, row_at, real, block, width, F: tl.constexpr):
-    """A block of the columns of rows, `[R, F]`, as they are; 0 outside."""
-    d = block * F + tl.arange(0, F)
-    return tl.load(X + row_at[:, None] + d[None, :], real[:, None] & (d < width)[None, :], 0.0)
+def raw_rows(X, row_at, real, column, width, EVEN: tl.constexpr):
+    """Columns of rows, `[R, C]`, as they are; 0 outside. Under EVEN all of these columns are there,
+    and loads are as wide as rows are."""
+    at = X + row_at[:, None] + column[None, :]
+    if EVEN:
+        x = tl.load(at, real[:, None], 0.0)
+    else:
+        x = tl.load(at, real[:, None] & (column < width)[None, :], 0.0)
+    return x
+
+
+@triton.jit
+def put_rows(X, row_at, real, column, width, x, EVEN: tl.constexpr):
+    """Store what `raw_rows` loads."""
+    at = X + row_at[:, None] + column[None, :]
+    if EVEN:
+        tl.store(at, x.to(X.dtype.element_ty), real[:, None])
+    else:
+        tl.store(at, x.to(X.dtype.element_ty), real[:, None] & (column < width)[None, :])
 
 
 @triton.jit
@@ -97,6 +112,7 @@ def before_function(
     F: tl.constexpr,
     D: tl.constexpr,
     ACROSS: tl.constexpr,
+    EVEN: tl.constexpr,
     PROJECT: tl.constexpr,
     PRECISION: tl.constexpr,
     NUMBER: tl.constexpr,
@@ -107,26 +123,23 @@ def before_function(
     Args:
         row_at: where rows start; real: which there are. block: of features; count: how many there
             are. ROWS_OF: the rows of the projection, `[count, width]` in NUMBER. shift `[R]`.
+        EVEN: as in `raw_rows`, of rows and of the projection; and every feature is there.
         ACROSS: transpose, `[F, R]`. Products are made so in the first place: Triton before 3.7.1
             miscompiles the transpose of a cast accumulator.
     """
     if PROJECT:
         f = block * F + tl.arange(0, F)
         d = tl.arange(0, D)
-        in_d = d < width
+        x = raw_rows(X, row_at, real, d, width, EVEN)
+        projection = raw_rows(ROWS_OF, f * (D if EVEN else width), f < count, d, width, EVEN)
         if ACROSS:
-            in_x = in_d[:, None] & real[None, :]
-            x = tl.load(X + row_at[None, :] + d[:, None], in_x, 0.0)
-            in_rows = (f < count)[:, None] & in_d[None, :]
-            rows_of = tl.load(ROWS_OF + f[:, None] * width + d[None, :], in_rows, 0.0)
-            y = multiply(rows_of, x, PRECISION, NUMBER, INPUT) * scale - shift[None, :]
+            x = tl.trans(x)
+            y = multiply(projection, x, PRECISION, NUMBER, INPUT) * scale - shift[None, :]
         else:
-            x = raw_rows(X, row_at, real, 0, width, D)
-            in_rows = in_d[:, None] & (f < count)[None, :]
-            rows_of = tl.load(ROWS_OF + f[None, :] * width + d[:, None], in_rows, 0.0)
-            y = multiply(x, rows_of, PRECISION, NUMBER, INPUT) * scale - shift[:, None]
+            projection = tl.trans(projection)
+            y = multiply(x, projection, PRECISION, NUMBER, INPUT) * scale - shift[:, None]
     else:
-        x = raw_rows(X, row_at, real, block, width, F)
+        x = raw_rows(X, row_at, real, block * F + tl.arange(0, F), width, EVEN)
         if ACROSS:
             x = tl.trans(x)
         y = x.to(NUMBER) * scale
@@ -151,6 +164,7 @@ def features(
     F: tl.constexpr,
     D: tl.constexpr,
     ACROSS: tl.constexpr,
+    EVEN: tl.constexpr,
     FUNCTION: tl.constexpr,
     PARTS: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -164,13 +178,15 @@ def features(
     """
     y, finite = before_function(
         *(X, row_at, real, block, width, count, scale, ROWS_OF, shift),
-        *(F, D, ACROSS, PROJECT, PRECISION, NUMBER, INPUT),
+        *(F, D, ACROSS, EVEN, PROJECT, PRECISION, NUMBER, INPUT),
     )
     phi = function_of(y, FUNCTION)
     factor = turn_of(position, part, turn, NUMBER, PARTS)
     real_f = block * F + tl.arange(0, F) < count
     if ACROSS:
-        phi = tl.where(real_f[:, None] & real[None, :], phi * factor[None, :], 0.0)
+        inside = real[None, :] if EVEN else real_f[:, None] & real[None, :]
+        phi = tl.where(inside, phi * factor[None, :], 0.0)
     else:
-        phi = tl.where(real[:, None] & real_f[None, :], phi * factor[:, None], 0.0)
+        inside = real[:, None] if EVEN else real[:, None] & real_f[None, :]
+        phi = tl.where(inside, phi * factor[:, None], 0.0)
     return phi.to(INPUT), finite

@@ -35,6 +35,7 @@ def shifts(
     drop,
     drop_rest,
     MOST: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     NUMBER: tl.constexpr,
     INPUT: tl.constexpr,
@@ -50,15 +51,15 @@ def shifts(
     real = row < rows
     scale = number_of(scale, scale_rest, NUMBER)
     row_at = batch * x_batch + head * x_head + row * x_row
-    x = raw_rows(X, row_at, real, 0, width, D)
+    d = tl.arange(0, D)
+    x = raw_rows(X, row_at, real, d, width, EVEN)
     if MOST:
         shift = tl.full([ROWS], float("-inf"), NUMBER)
-        d = tl.arange(0, D)
         for block in range(0, blocks):
             f = block * F + tl.arange(0, F)
-            in_rows = (f < count)[None, :] & (d < width)[:, None]
-            rows_of = tl.load(ROWS_OF + f[None, :] * width + d[:, None], in_rows, 0.0)
-            y = multiply(x, rows_of, PRECISION, NUMBER, INPUT) * scale
+            stride = D if EVEN else width
+            projection = raw_rows(ROWS_OF, f * stride, f < count, d, width, EVEN)
+            y = multiply(x, tl.trans(projection), PRECISION, NUMBER, INPUT) * scale
             shift = tl.maximum(shift, tl.max(tl.where((f < count)[None, :], y, float("-inf")), 1))
     else:
         y = x.to(NUMBER) * scale
@@ -115,6 +116,7 @@ def outputs(
     NORMALIZE: tl.constexpr,
     DECAY: tl.constexpr,
     HOLES: tl.constexpr,
+    EVEN: tl.constexpr,
     FUNCTION: tl.constexpr,
     PARTS: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -172,7 +174,7 @@ def outputs(
         part = b // blocks
         phi, _ = features(
             *(Q, q_at, real, position, block, part, width, count, scale, turn, ROWS_OF, shift),
-            *(F, D, False, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+            *(F, D, False, EVEN, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
         )
         f = block * F + tl.arange(0, F)
         in_state = f < count
@@ -215,11 +217,24 @@ def outputs(
                 part = b // blocks
                 phi, _ = features(
                     *(Q, q_at, real, position, block, part, width, count, scale, turn, ROWS_OF),
-                    *(shift, F, D, False, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+                    *(shift, F, D, False, EVEN, FUNCTION, PARTS, PROJECT, PRECISION),
+                    *(NUMBER, INPUT),
                 )
                 phi_k, finite = features(
                     *(K, k_at, there, key, block, part, width, count, key_scale, turn, ROWS_OF),
-                    *(key_shift, F, D, True, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+                    *(
+                        key_shift,
+                        F,
+                        D,
+                        True,
+                        EVEN,
+                        FUNCTION,
+                        PARTS,
+                        PROJECT,
+                        PRECISION,
+                        NUMBER,
+                        INPUT,
+                    ),
                 )
                 fine = fine & finite
                 scores = tl.dot(phi, phi_k, scores, input_precision=PRECISION, out_dtype=NUMBER)

@@ -37,7 +37,9 @@ class Plan(NamedTuple):
             the sum over queries beyond all spans.
         key_spans, query_spans: run, first row, stop, slot, and the position that powers of a decay
             count from. Rows are of the run; slot is where the sum goes.
-        query_tiles, key_tiles: run, first position, slot of the state met, and its position.
+        query_tiles, key_tiles: run, first position, slot of the state met, its position, and
+            whether that is the state of all keys, or of all queries.
+        met_all: of query_tiles, the last so many meet the state of all keys.
         slots: of states.
     """
 
@@ -46,6 +48,7 @@ class Plan(NamedTuple):
     query_spans: Tensor
     query_tiles: Tensor
     key_tiles: Tensor
+    met_all: int
     slots: int
 
     @property
@@ -107,14 +110,14 @@ def _build(call: AttentionCall, runs: list[Run], span: int, rows: int) -> Plan:
             begin = max(offset, 0) // rows * rows if offset < reach else offset
             at = _steps(begin, offset + n, rows)
             slot = np.minimum(at // span, spans)
-            query_tiles = (at, slot, np.minimum(slot * span, reach))
+            query_tiles = (at, slot, np.minimum(slot * span, reach), slot == spans)
             at = _steps(0, m, rows)
-            key_tiles = (at, at // span, (at // span + 1) * span)
+            key_tiles = (at, at // span, (at // span + 1) * span, 0)
         else:
             first = tail = _steps(0, n, span)
             stop, position = np.minimum(tail + span, n), np.zeros(1, dtype=np.int64)
-            query_tiles = (_steps(offset, offset + n, rows), spans, 0)  # type: ignore[assignment]
-            key_tiles = (_steps(0, m, rows), spans, 0)  # type: ignore[assignment]
+            query_tiles = (_steps(offset, offset + n, rows), spans, 0, 1)  # type: ignore[assignment]
+            key_tiles = (_steps(0, m, rows), spans, 0, 1)  # type: ignore[assignment]
         into = np.arange(len(first)) + (0 if call.causal else spans)
         query_spans = (first, stop, into, position)
         size = spans + max(1, len(tail))
@@ -127,10 +130,11 @@ def _build(call: AttentionCall, runs: list[Run], span: int, rows: int) -> Plan:
             tables[3].append(_table(count, *_moved(query_tiles, 1, slots)))
             tables[4].append(_table(count, *_moved(key_tiles, 1, slots)))
             slots, count = slots + size, count + 1
-    made = [torch.from_numpy(np.concatenate(x)).to(call.device) for x in tables]
-    run_table, *spans_and_tiles = made
-    key_spans_, query_spans_, query_tiles_, key_tiles_ = spans_and_tiles
-    return Plan(run_table, key_spans_, query_spans_, query_tiles_, key_tiles_, slots)
+    joined = [np.concatenate(x) for x in tables]
+    tail = joined[3][:, 4]
+    joined[3] = joined[3][np.argsort(tail, kind="stable")]
+    on = [torch.from_numpy(x).to(call.device) for x in joined]
+    return Plan(on[0], on[1], on[2], on[3], on[4], int(tail.sum()), slots)
 
 
 def _moved(columns: tuple[Any, ...], at: int, by: int) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .features import features, number_of
+from .features import features, number_of, put_rows, raw_rows
 
 
 @triton.jit
@@ -60,6 +60,7 @@ def sums(
     NORMALIZE: tl.constexpr,
     DECAY: tl.constexpr,
     HOLES: tl.constexpr,
+    EVEN: tl.constexpr,
     FUNCTION: tl.constexpr,
     PARTS: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -115,11 +116,10 @@ def sums(
             phi, _ = features(
                 *(X, batch * x_batch + own * x_head + place * x_row, real, offset + row),
                 *(block, part, width, count, scale, turn, ROWS_OF, shift),
-                *(F, D, True, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+                *(F, D, True, EVEN, FUNCTION, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
             )
             value_at = batch * value_batch + own * value_head + place * value_row
-            in_value = real[:, None] & (e < value_width)[None, :]
-            value = tl.load(VALUE + value_at[:, None] + e[None, :], in_value, 0.0)
+            value = raw_rows(VALUE, value_at, real, e, value_width, EVEN)
             by = power_of(LOGS, head, tl.abs(position_met - offset - row), NUMBER, DECAY)
             if OF_QUERIES and NORMALIZE:
                 length_at = batch * length_batch + own * length_head + place
@@ -139,12 +139,12 @@ def sums(
     f = part * count + f
     slot = tl.load(span + 3) + tl.program_id(2).to(tl.int64) * slots
     size = tl.cast(count, tl.int64) * PARTS * (value_width + 1)
+    state_row = value_width
+    if EVEN:  # what these are multiples of, said for wide stores
+        size = size // 16 * 16
+        state_row = value_width // 16 * 16
     at = STATE + (slot * tl.num_programs(1) + head) * size
-    tl.store(
-        at + f[:, None] * value_width + e[None, :],
-        state,
-        real[:, None] & (e < value_width)[None, :],
-    )
+    put_rows(at, f * state_row, real, e, value_width, state, EVEN)
     if value_block == 0:
         tl.store(at + count * PARTS * value_width + f, ones, real)
 
@@ -163,6 +163,7 @@ def scan(
     DECAY: tl.constexpr,
     BEGINS: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Program (run x block of a state, head, batch row): what each span meets, in place of its sum.
 
@@ -181,9 +182,9 @@ def scan(
     step = heads * tl.cast(size, tl.int64)
     at = STATE + slot * step + head * tl.cast(size, tl.int64) + element
     total = tl.zeros([BLOCK], tl.float64)
-    own = tl.program_id(2) * step + head * tl.cast(size, tl.int64) + element
+    own_at = tl.program_id(2) * step + head * tl.cast(size, tl.int64) + element
     if BEGINS:
-        total = tl.load(BEGIN + own, real, 0.0)
+        total = tl.load(BEGIN + own_at, real, 0.0)
     shrink = 1.0
     if DECAY:
         shrink = tl.exp2(tl.load(LOGS + head) * tl.cast(span, tl.float64))
@@ -191,16 +192,19 @@ def scan(
         for tail in range(count, count + tl.load(run + 8)):
             total += tl.load(at + tail * step, real, 0.0).to(tl.float64)
         tl.store(at + count * step, total.to(STATE.dtype.element_ty), real)
-        for i in range(0, count):
-            here = at + (count - 1 - i) * step
-            added = tl.load(here, real, 0.0).to(tl.float64)
-            tl.store(here, total.to(STATE.dtype.element_ty), real)
-            total = total * shrink + added
-    else:
-        for i in range(0, count):
-            here = at + i * step
-            added = tl.load(here, real, 0.0).to(tl.float64)
-            tl.store(here, total.to(STATE.dtype.element_ty), real)
-            total = total * shrink + added
+    # A few spans are loaded at once: each store waits for the sums of those before it alone.
+    ahead = tl.arange(0, AHEAD)
+    for i in range(0, count, AHEAD):
+        span_at = count - 1 - i - ahead if REVERSE else i + ahead
+        inside = ((span_at >= 0) & (span_at < count))[:, None] & real[None, :]
+        here = at[None, :] + span_at[:, None] * step
+        added = tl.load(here, inside, 0.0)
+        met = tl.zeros([AHEAD, BLOCK], STATE.dtype.element_ty)
+        for nth in tl.static_range(AHEAD):
+            own = tl.sum(tl.where(ahead[:, None] == nth, added, 0.0), 0).to(tl.float64)
+            met = tl.where(ahead[:, None] == nth, total.to(STATE.dtype.element_ty)[None, :], met)
+            total = tl.where(i + nth < count, total * shrink + own, total)
+        tl.store(here, met, inside)
+    if not REVERSE:
         tl.store(at + count * step, total.to(STATE.dtype.element_ty), real)
-    tl.store(END + own, total, real)
+    tl.store(END + own_at, total, real)
