@@ -141,46 +141,47 @@ def grad_queries(
             start, stop = (0, edges) if BAND else (outer, end)
         else:
             start, stop = (inner, outer) if BAND else (begin, outer)
-        for at in tl.range(start, stop, KEYS if BAND and not MASKED else 1):
-            if not BAND:
-                base = tl.load(COLS + at) * KEYS
-            elif MASKED:
-                base = edge_of(at, begin, outer, left, KEYS)
-            else:
-                base = at
-            key = base + span
-            seen = real[:, None]
-            some = key < m  # seen by any row of the tile
-            if MASKED:
-                if BAND:
-                    seen = between(key, lowest, highest)
-                    some = (key >= low + first) & (key < end)
+        if start < stop:  # as in `forward`
+            for at in tl.range(start, stop, KEYS if BAND and not MASKED else 1):
+                if not BAND:
+                    base = tl.load(COLS + at) * KEYS
+                elif MASKED:
+                    base = edge_of(at, begin, outer, left, KEYS)
                 else:
-                    look = tl.load(LOOKS + at)
-                    seen = seen_in_tile(MASKS, look, row // PACK, span, QUERIES, KEYS)
-                    some = any_in_tile(MASKS, look, span, QUERIES, KEYS)
-            if HOLES:
-                allowed = tl.load(hole_at + key, mask=key < m, other=0) != 0
-                seen = seen & allowed[None, :]
-                some = some & allowed
-            k_at = key_at + tl.cast(base, tl.int64) * k_row + k_offset
-            v_at = value_at + tl.cast(base, tl.int64) * v_row + v_offset
-            if EVEN and not (MASKED or HOLES):
-                k = tl.load(k_at)
-                v = tl.load(v_at)
-            else:
-                k = tl.load(k_at, in_width(some, d, head_dim, EVEN), 0.0)
-                v = tl.load(v_at, in_width(some, e, value_dim, EVEN), 0.0)
-            k = k.to(INPUT)
-            dots = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
-            s, bend = logits(dots, scale, cap, SOFTCAP)
-            d_weights = tl.dot(
-                grad, tl.trans(v.to(INPUT)), input_precision=PRECISION, out_dtype=NUMBER
-            )
-            d_dots = tl.exp2(s - lse[:, None]) * (d_weights - delta[:, None]) * bend
-            if MASKED or HOLES:
-                d_dots = tl.where(seen, d_dots, 0.0)
-            dq = tl.dot(d_dots.to(INPUT), k, dq, input_precision=PRECISION, out_dtype=NUMBER)
+                    base = at
+                key = base + span
+                seen = real[:, None]
+                some = key < m  # seen by any row of the tile
+                if MASKED:
+                    if BAND:
+                        seen = between(key, lowest, highest)
+                        some = (key >= low + first) & (key < end)
+                    else:
+                        look = tl.load(LOOKS + at)
+                        seen = seen_in_tile(MASKS, look, row // PACK, span, QUERIES, KEYS)
+                        some = any_in_tile(MASKS, look, span, QUERIES, KEYS)
+                if HOLES:
+                    allowed = tl.load(hole_at + key, mask=key < m, other=0) != 0
+                    seen = seen & allowed[None, :]
+                    some = some & allowed
+                k_at = key_at + tl.cast(base, tl.int64) * k_row + k_offset
+                v_at = value_at + tl.cast(base, tl.int64) * v_row + v_offset
+                if EVEN and not (MASKED or HOLES):
+                    k = tl.load(k_at)
+                    v = tl.load(v_at)
+                else:
+                    k = tl.load(k_at, in_width(some, d, head_dim, EVEN), 0.0)
+                    v = tl.load(v_at, in_width(some, e, value_dim, EVEN), 0.0)
+                k = k.to(INPUT)
+                dots = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
+                s, bend = logits(dots, scale, cap, SOFTCAP)
+                d_weights = tl.dot(
+                    grad, tl.trans(v.to(INPUT)), input_precision=PRECISION, out_dtype=NUMBER
+                )
+                d_dots = tl.exp2(s - lse[:, None]) * (d_weights - delta[:, None]) * bend
+                if MASKED or HOLES:
+                    d_dots = tl.where(seen, d_dots, 0.0)
+                dq = tl.dot(d_dots.to(INPUT), k, dq, input_precision=PRECISION, out_dtype=NUMBER)
 
     dq_at = batch * dq_batch + (head * dq_head + place * dq_row)[:, None] + d[None, :]
     tl.store(DQ + dq_at, (dq * slope).to(DQ.dtype.element_ty), mask=in_d)
@@ -303,53 +304,60 @@ def grad_keys(
                 start, stop = (0, edges) if BAND else (outer, end)
             else:
                 start, stop = (inner, outer) if BAND else (begin, outer)
-            for at in tl.range(start, stop, ROWS if BAND and not MASKED else 1):
-                if not BAND:
-                    base = tl.load(COLS + at) * ROWS
-                elif MASKED:
-                    base = edge_of(at, begin, outer, left, ROWS)
-                else:
-                    base = at
-                query = base + row
-                some = query < n  # sees any key of the block
-                seen = allowed[:, None]
-                if MASKED:
-                    if BAND:
-                        seen = seen & between(query, lowest, highest)
-                        some = (query >= first - high) & (query < end)
+            if start < stop:  # as in `forward`
+                for at in tl.range(start, stop, ROWS if BAND and not MASKED else 1):
+                    if not BAND:
+                        base = tl.load(COLS + at) * ROWS
+                    elif MASKED:
+                        base = edge_of(at, begin, outer, left, ROWS)
                     else:
-                        look = tl.load(LOOKS + at)
-                        seen = seen & seen_in_tile(MASKS, look, span, row, KEYS, ROWS)
-                        seen = seen & some[None, :]
-                        some = some & any_in_tile(MASKS, look, row, KEYS, ROWS)
-                start_row = tl.cast(q_first + base, tl.int64)
-                q_row_at = q_at + start_row * q_row
-                grad_row_at = grad_at + start_row * grad_row
-                lse_row_at = lse_at + start_row
-                if EVEN and BAND and not MASKED:
-                    q = tl.load(q_row_at)
-                    grad = tl.load(grad_row_at)
-                    lse = tl.load(LSE + lse_row_at)
-                    delta = tl.load(DELTA + lse_row_at)
-                else:
-                    q = tl.load(q_row_at, in_width(some, d, head_dim, EVEN), 0.0)
-                    grad = tl.load(grad_row_at, in_width(some, e, value_dim, EVEN), 0.0)
-                    lse = tl.load(LSE + lse_row_at, some, float("inf"))
-                    delta = tl.load(DELTA + lse_row_at, some, 0.0)
-                q = q.to(INPUT)
-                grad = grad.to(INPUT)
-                lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
-                dots = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=NUMBER)
-                s, bend = logits(dots, scale, cap, SOFTCAP)
-                powers = tl.exp2(s - lse[None, :])
-                if MASKED or HOLES:
-                    powers = tl.where(seen, powers, 0.0)
-                dv = tl.dot(powers.to(INPUT), grad, dv, input_precision=PRECISION, out_dtype=NUMBER)
-                d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION, out_dtype=NUMBER)
-                d_dots = powers * (d_weights - delta[None, :]) * bend
-                if MASKED or HOLES:
-                    d_dots = tl.where(seen, d_dots, 0.0)
-                dk = tl.dot(d_dots.to(INPUT), q, dk, input_precision=PRECISION, out_dtype=NUMBER)
+                        base = at
+                    query = base + row
+                    some = query < n  # sees any key of the block
+                    seen = allowed[:, None]
+                    if MASKED:
+                        if BAND:
+                            seen = seen & between(query, lowest, highest)
+                            some = (query >= first - high) & (query < end)
+                        else:
+                            look = tl.load(LOOKS + at)
+                            seen = seen & seen_in_tile(MASKS, look, span, row, KEYS, ROWS)
+                            seen = seen & some[None, :]
+                            some = some & any_in_tile(MASKS, look, row, KEYS, ROWS)
+                    start_row = tl.cast(q_first + base, tl.int64)
+                    q_row_at = q_at + start_row * q_row
+                    grad_row_at = grad_at + start_row * grad_row
+                    lse_row_at = lse_at + start_row
+                    if EVEN and BAND and not MASKED:
+                        q = tl.load(q_row_at)
+                        grad = tl.load(grad_row_at)
+                        lse = tl.load(LSE + lse_row_at)
+                        delta = tl.load(DELTA + lse_row_at)
+                    else:
+                        q = tl.load(q_row_at, in_width(some, d, head_dim, EVEN), 0.0)
+                        grad = tl.load(grad_row_at, in_width(some, e, value_dim, EVEN), 0.0)
+                        lse = tl.load(LSE + lse_row_at, some, float("inf"))
+                        delta = tl.load(DELTA + lse_row_at, some, 0.0)
+                    q = q.to(INPUT)
+                    grad = grad.to(INPUT)
+                    lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
+                    dots = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=NUMBER)
+                    s, bend = logits(dots, scale, cap, SOFTCAP)
+                    powers = tl.exp2(s - lse[None, :])
+                    if MASKED or HOLES:
+                        powers = tl.where(seen, powers, 0.0)
+                    dv = tl.dot(
+                        powers.to(INPUT), grad, dv, input_precision=PRECISION, out_dtype=NUMBER
+                    )
+                    d_weights = tl.dot(
+                        v, tl.trans(grad), input_precision=PRECISION, out_dtype=NUMBER
+                    )
+                    d_dots = powers * (d_weights - delta[None, :]) * bend
+                    if MASKED or HOLES:
+                        d_dots = tl.where(seen, d_dots, 0.0)
+                    dk = tl.dot(
+                        d_dots.to(INPUT), q, dk, input_precision=PRECISION, out_dtype=NUMBER
+                    )
 
     dk_at = batch * dk_batch + (kv_head * dk_head + place * dk_row)[:, None] + d[None, :]
     tl.store(DK + dk_at, (dk * slope).to(DK.dtype.element_ty), mask=in_d)

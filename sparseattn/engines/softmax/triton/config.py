@@ -35,18 +35,18 @@ _Families = dict[str, _Table]
 _HALF: dict[str, _Families] = {
     "forward": {
         "sm_90": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 128, 8, 3), 256: Tiles(64, 32, 8, 2)},
-        "sm_80": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
-        "gfx": {64: Tiles(128, 64, 8, 1), 128: Tiles(128, 32, 8, 1), 256: Tiles(64, 32, 8, 1)},
+        "sm_80": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)},
+        "gfx": {64: Tiles(128, 32, 8, 1), 128: Tiles(128, 32, 8, 1), 256: Tiles(16, 32, 4, 1)},
     },
     "grad_queries": {
-        "sm_90": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(32, 32, 8, 1)},
-        "sm_80": {64: Tiles(32, 64, 4, 2), 128: Tiles(64, 64, 8, 1), 256: Tiles(32, 32, 8, 1)},
-        "gfx": {64: Tiles(64, 64, 4, 1), 128: Tiles(64, 32, 4, 1), 256: Tiles(32, 32, 4, 1)},
+        "sm_90": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(32, 32, 4, 1)},
+        "sm_80": {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 64, 8, 1)},
+        "gfx": {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 32, 4, 1), 256: Tiles(32, 16, 4, 1)},
     },
     "grad_keys": {
         "sm_90": {64: Tiles(64, 64, 4, 2), 128: Tiles(32, 64, 4, 3), 256: Tiles(32, 32, 8, 1)},
-        "sm_80": {64: Tiles(32, 32, 4, 1), 128: Tiles(64, 64, 8, 1), 256: Tiles(32, 32, 8, 1)},
-        "gfx": {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 4, 1), 256: Tiles(32, 16, 8, 1)},
+        "sm_80": {64: Tiles(32, 64, 4, 1), 128: Tiles(32, 64, 8, 1), 256: Tiles(32, 32, 8, 1)},
+        "gfx": {64: Tiles(64, 64, 4, 1), 128: Tiles(32, 32, 4, 1), 256: Tiles(16, 32, 4, 1)},
     },
 }
 # Where a row sees fewer keys than NARROW, by its pattern and not by the length, or chosen blocks,
@@ -60,24 +60,24 @@ _HALF_NARROW: dict[str, _Families] = {
 _SINGLE: dict[str, _Families] = {
     "forward": {
         "sm_90": {64: Tiles(64, 32, 8, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
-        "sm_80": {64: Tiles(32, 32, 8, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
-        "gfx": {64: Tiles(64, 32, 8, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(32, 16, 8, 1)},
+        "sm_80": {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 16, 4, 1), 256: Tiles(16, 16, 8, 1)},
+        "gfx": {64: Tiles(64, 32, 4, 1), 128: Tiles(32, 32, 4, 1), 256: Tiles(32, 16, 8, 1)},
     },
     "grad_queries": {
-        "sm_90": {64: Tiles(64, 32, 8, 2), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
-        "sm_80": {64: Tiles(32, 32, 8, 1), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
-        "gfx": {64: Tiles(64, 32, 8, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        "sm_90": {64: Tiles(64, 32, 4, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        "sm_80": {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        "gfx": {64: Tiles(64, 32, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 4, 1)},
     },
     "grad_keys": {
-        "sm_90": {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        "sm_90": {64: Tiles(16, 64, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
         "sm_80": {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
-        "gfx": {64: Tiles(32, 32, 8, 1), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        "gfx": {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 32, 8, 1), 256: Tiles(16, 16, 4, 1)},
     },
 }
 # float64 serves calls of few pairs alone.
 _DOUBLE: dict[str, _Table] = {
     "forward": {64: Tiles(32, 16, 4, 1), 128: Tiles(16, 16, 4, 1), 256: Tiles(16, 16, 8, 1)},
-    "grad_queries": {64: Tiles(16, 16, 4, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    "grad_queries": {64: Tiles(16, 16, 2, 1), 128: Tiles(16, 16, 4, 1), 256: Tiles(16, 16, 8, 1)},
     "grad_keys": {64: Tiles(16, 16, 4, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
 }
 _INTERPRETED = Tiles(64, 64, 4, 1)
