@@ -19,6 +19,8 @@ from .errors import PluginError, did_you_mean
 
 GROUP = "sparseattn"
 BUILT_IN = "sparseattn"
+# Its plugins with mechanisms; the others are adapters of libraries.
+FOUR = frozenset({"full", "windowed", "block_sparse", "linear"})
 API = 1
 ENVIRONMENT = "SPARSEATTN_PLUGINS"
 _UNKNOWN = "unknown"
@@ -169,7 +171,7 @@ def _identity(dist: metadata.Distribution | None) -> tuple[str, str]:
 
 
 class Setting:
-    """SPARSEATTN_PLUGINS: unset, all; `a,b`, only these; `-a`, all but it; empty, built-in only."""
+    """SPARSEATTN_PLUGINS: unset, all; `a,b`, only these; `-a`, all but it; empty, `FOUR` only."""
 
     def __init__(self) -> None:
         text = os.environ.get(ENVIRONMENT)
@@ -181,8 +183,8 @@ class Setting:
     def blocks(self, found: Found) -> str:
         """Why an entry point is kept out; empty when it is not."""
         name = found.point.name
-        if self.empty and _normal(found.distribution) != BUILT_IN:
-            return f"{ENVIRONMENT} is empty: built-in plugins only"
+        if self.empty and (name not in FOUR or _normal(found.distribution) != BUILT_IN):
+            return f"{ENVIRONMENT} is empty: only {', '.join(sorted(FOUR))} of sparseattn"
         if f"-{name}" in self.words:
             return f"{ENVIRONMENT} says -{name}"
         if self.only and name not in self.only:
