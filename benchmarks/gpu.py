@@ -37,11 +37,11 @@ _REFUSED = ("UnsupportedCallError", "InvalidInputError", "NotImplementedError")
 UNFINISHED = 3  # the exit status of a run that had no time left
 
 
-def checked(call: gpu_calls.Call, device: str) -> dict[str, Any]:
+def checked(call: gpu_calls.Call, device: str, impl: str = "triton") -> dict[str, Any]:
     """Run a call and judge its output and gradients against the definition in float64."""
     row: dict[str, Any] = {"call": call.name, "problem": "", "worst": None}
     try:
-        out, *grads = call.run(device)
+        out, *grads = call.run(device, impl)
     except Exception as error:  # a kernel that cannot run is a problem of its own row
         return row | {"problem": f"{type(error).__name__}: {error}"[:300]}
     made, grad = call.make(device)
