@@ -82,20 +82,25 @@ def forward(shared: _Launcher, tiles: Cut, out: Tensor, lse: Tensor) -> None:
     from .triton.hopper import forward_specialised
 
     call: AttentionCall = shared.call
+    size = tiles.consumers * tiles.rows
     for run in shared.runs:
         ends = plan.band_ends(shared.mechanism, run, call.causal)
         assert ends is not None
         # Keys that no query of the run sees stand outside of the descriptors, and are read as 0.
         bottom = max(ends[0], 0)
-        top = min(ends[1] + run.n, run.m)
-        seen = slice(run.keys.start + bottom, run.keys.start + top)
+        m = min(ends[1] + run.n, run.m) - bottom
+        low, high = (end - bottom for end in ends)
+        # The queries that see something.
+        begin, end = max(-high, 0), min(run.n, m - low)
         q, o, part = (x[run.batch, :, run.queries] for x in (shared.q, out, lse))
-        if bottom >= top:
+        skipped, count = begin // size, -(-end // size) - begin // size
+        if begin >= end or skipped > 0 or (skipped + count) * size < run.n:
             o.zero_()
             part.fill_(-torch.inf)
+        if begin >= end or m <= 0:
             continue
+        seen = slice(run.keys.start + bottom, run.keys.start + bottom + m)
         k, v = (x[run.batch, :, seen] for x in (shared.k, shared.v))
-        count = -(-run.n // (tiles.consumers * tiles.rows))
         total = count * call.q_heads * q.shape[0]
         programs = min(total, _processors(q.device)) if tiles.persistent else total
         launch(
@@ -105,9 +110,8 @@ def forward(shared: _Launcher, tiles: Cut, out: Tensor, lse: Tensor) -> None:
             _descriptor(q, tiles.rows),
             *(_descriptor(x, tiles.keys) for x in (k, v)),
             _descriptor(o, tiles.rows),
-            *part.stride()[:2],
-            *(run.n, top - bottom, ends[0] - bottom, ends[1] - bottom),
-            *(count, call.q_heads, call.groups, total, sum(shared.numbers()[:2])),
+            *(*part.stride()[:2], run.n, m, low, high, skipped, count),
+            *(call.q_heads, call.groups, total, sum(shared.numbers()[:2])),
             CONSUMERS=tiles.consumers,
             ROWS=tiles.rows,
             KEYS=tiles.keys,

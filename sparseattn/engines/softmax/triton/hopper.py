@@ -31,27 +31,24 @@ _LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _place(index, tiles, heads, ROWS: gl.constexpr):
-    """Of a tile by its number: first query, head and batch row. The last queries come first: under
-    causal they see the most keys."""
-    first = (tiles - 1 - index % tiles) * ROWS
-    rest = index // tiles
-    return first, rest % heads, rest // heads
-
-
-@gluon.jit
 def _turns(total):
     """How many tiles a program has."""
     return (total - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
 
 
 @gluon.jit
-def _span(first, n, m, low, high, ROWS: gl.constexpr, KEYS: gl.constexpr):
-    """Where the keys begin that a tile sees, and how many blocks of them there are."""
+def _tile(turn, band, ROWS: gl.constexpr, KEYS: gl.constexpr):
+    """A program's tile: its first query, head and batch row, where the keys begin that it sees, and
+    how many blocks of them there are, at least one. The last queries come first: under causal they
+    see the most keys."""
+    n, m, low, high, skipped, tiles, heads, _ = band
+    index = gl.program_id(0) + turn * gl.num_programs(0)
+    first = (skipped + tiles - 1 - index % tiles) * ROWS
+    rest = index // tiles
     last = gl.minimum(first + ROWS, n) - 1
     begin = gl.maximum(low + first, 0)
     end = gl.minimum(high + last + 1, m)
-    return begin, gl.maximum(end - begin + KEYS - 1, 0) // KEYS
+    return first, rest % heads, rest // heads, begin, (end - begin + KEYS - 1) // KEYS
 
 
 @gluon.jit
@@ -69,12 +66,9 @@ def _load(
     """The producer."""
     Q, K, V, q_shared, k_shared, v_shared = memory
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    n, m, low, high, tiles, heads, total = band
     used = 0
-    for turn in range(_turns(total)):
-        index = gl.program_id(0) + turn * gl.num_programs(0)
-        first, head, batch = _place(index, tiles, heads, CONSUMERS * ROWS)
-        begin, count = _span(first, n, m, low, high, CONSUMERS * ROWS, KEYS)
+    for turn in range(_turns(band[-1])):
+        first, head, batch, begin, count = _tile(turn, band, CONSUMERS * ROWS, KEYS)
         kv_head = head // groups
         slot = turn % QUERIES
         mbarrier.wait(q_empty.index(slot), ((turn // QUERIES) & 1) ^ 1)
@@ -210,7 +204,7 @@ def _blocks(
     highest,
     scale,
     spare,
-    turns,
+    order,
     WHICH: gl.constexpr,
     TURNS: gl.constexpr,
     MASK: gl.constexpr,
@@ -227,11 +221,11 @@ def _blocks(
     for at in range(start, stop):
         j = used + at
         if TURNS:
-            mbarrier.wait(turns.index(WHICH), (j & 1) ^ (1 - WHICH))
+            mbarrier.wait(order.index(WHICH), (j & 1) ^ (1 - WHICH))
         dots = _dots(q, k_shared, k_full, j, ROWS, LAYOUT, STAGES)
         sums = _sums(weights, out, v_shared, v_full, j - 1, STAGES)
         if TURNS:
-            mbarrier.arrive(turns.index(1 - WHICH))
+            mbarrier.arrive(order.index(1 - WHICH))
         dots = warpgroup_mma_wait(1, deps=[dots])
         _let_go(k_empty.index(j % STAGES))
         powers, top, shrink = _weigh(dots, top, scale, lowest, highest, begin + at * KEYS, MASK)
@@ -241,6 +235,23 @@ def _blocks(
         out = out * gl.convert_layout(shrink, ROW_LAYOUT)[:, None]
         weights = _operand(powers, OUT_LAYOUT, INPUT)
     return weights, total, top, out
+
+
+@gluon.jit
+def _finish(OUT, lse_at, o, out, total, top, scale, place, row, n):
+    """Store a consumer's rows."""
+    empty = total == 0
+    some = gl.where(empty, 1.0, total)
+    lse = gl.where(empty, float("-inf"), (top * scale + gl.log2(some)) * _LN2)
+    gl.store(lse_at + row, lse, mask=row < n)
+    inverse = gl.convert_layout(1.0 / some, gl.SliceLayout(1, out.type.layout))
+    # The tile before may still be read from where this one goes.
+    tma.store_wait(0)
+    _barrier()
+    o.reshape(out.shape).store((out * inverse[:, None]).to(o.dtype))
+    fence_async_shared()
+    _barrier()
+    _to_global(OUT, place, o)
 
 
 @gluon.jit
@@ -259,9 +270,9 @@ def _attend(
     TURNS: gl.constexpr,
 ):
     """Consumer WHICH: its ROWS rows of each tile."""
-    OUT, LSE, lse_batch, lse_head, q_shared, k_shared, v_shared, o_shared, turns = memory
+    OUT, LSE, lse_batch, lse_head, q_shared, k_shared, v_shared, o_shared, order = memory
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    n, m, low, high, tiles, heads, total_tiles = band
+    n, m, low, high, _, _, _, total_tiles = band
     INPUT: gl.constexpr = q_shared.dtype
     D: gl.constexpr = q_shared.shape[4]
     DV: gl.constexpr = v_shared.shape[4]
@@ -270,83 +281,93 @@ def _attend(
     OUT_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DV, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     o = o_shared.index(WHICH)
+    turns = _turns(total_tiles)
+    nothing = gl.full([ROWS], float("-inf"), gl.float32, layout=ROW)
+    span = WHICH * ROWS + gl.arange(0, ROWS, layout=ROW)
+    first, head, batch, begin, count = _tile(0, band, CONSUMERS * ROWS, KEYS)
+    q = q_shared.index(WHICH).reshape([ROWS, D])
+    mbarrier.wait(q_full.index(0), 0)
+    if TURNS:
+        mbarrier.wait(order.index(WHICH), 1 - WHICH)
+    dots = _dots(q, k_shared, k_full, 0, ROWS, LAYOUT, STAGES)
+    if TURNS:
+        mbarrier.arrive(order.index(1 - WHICH))
+    dots = warpgroup_mma_wait(0, deps=[dots])
+    _let_go(k_empty.index(0))
+    lowest = low + first + span
+    highest = gl.minimum(high + first + span, m - 1)
+    powers, top, _ = _weigh(dots, nothing, scale, lowest, highest, begin, "both")
+    total = gl.sum(powers, 1)
+    weights = _operand(powers, OUT_LAYOUT, INPUT)
     used = 0
-    for turn in range(_turns(total_tiles)):
-        index = gl.program_id(0) + turn * gl.num_programs(0)
-        first, head, batch = _place(index, tiles, heads, CONSUMERS * ROWS)
-        begin, count = _span(first, n, m, low, high, CONSUMERS * ROWS, KEYS)
-        first += WHICH * ROWS
-        row = first + gl.arange(0, ROWS, layout=ROW)
-        lowest = low + row
-        highest = gl.minimum(high + row, m - 1)
-        # Blocks before `left` are not seen by the last row throughout, nor those from `right` on by
-        # the first. Block 0 is always masked.
-        left = gl.maximum(gl.maximum(low + first + ROWS - 1, 0) - begin + KEYS - 1, 0) // KEYS
+    for turn in range(turns):
+        # Here block 0 of the tile has its weights, and its values are not taken yet. Blocks before
+        # `left` are not seen by the last row throughout, nor those from `right` on by the first.
+        own = first + WHICH * ROWS
+        lowest = low + first + span
+        highest = gl.minimum(high + first + span, m - 1)
+        left = gl.maximum(gl.maximum(low + own + ROWS - 1, 0) - begin + KEYS - 1, 0) // KEYS
         left = gl.minimum(gl.maximum(left, 1), count)
-        right = gl.maximum(gl.minimum(high + first + 1, m) - begin, 0) // KEYS
+        right = gl.maximum(gl.minimum(high + own + 1, m) - begin, 0) // KEYS
         right = gl.minimum(gl.maximum(right, left), count)
-        top = gl.full([ROWS], float("-inf"), gl.float32, layout=ROW)
-        total = gl.zeros([ROWS], gl.float32, layout=ROW)
-        out = gl.zeros([ROWS, DV], gl.float32, layout=OUT_LAYOUT)
         slot = turn % QUERIES
         q = q_shared.index(slot * CONSUMERS + WHICH).reshape([ROWS, D])
-        mbarrier.wait(q_full.index(slot), (turn // QUERIES) & 1)
-        if count > 0:
-            if TURNS:
-                mbarrier.wait(turns.index(WHICH), (used & 1) ^ (1 - WHICH))
-            dots = _dots(q, k_shared, k_full, used, ROWS, LAYOUT, STAGES)
-            if TURNS:
-                mbarrier.arrive(turns.index(1 - WHICH))
-            dots = warpgroup_mma_wait(0, deps=[dots])
-            _let_go(k_empty.index(used % STAGES))
-            powers, top, _ = _weigh(dots, top, scale, lowest, highest, begin, "both")
-            total = gl.sum(powers, 1)
-            weights = _operand(powers, OUT_LAYOUT, INPUT)
-            if KEYS < CONSUMERS * ROWS:
-                weights, total, top, out = _blocks(
-                    *(1, left, weights, total, top, out, q, k_shared, v_shared),
-                    *(k_full, k_empty, v_full, v_empty, used, begin, lowest, highest, scale, LSE),
-                    *(turns, WHICH, TURNS),
-                    *("both", STAGES, PIN, LAYOUT, INPUT),
-                )
+        out = gl.zeros([ROWS, DV], gl.float32, layout=OUT_LAYOUT)
+        if KEYS < CONSUMERS * ROWS:
             weights, total, top, out = _blocks(
-                *(left, right, weights, total, top, out, q, k_shared, v_shared),
+                *(1, left, weights, total, top, out, q, k_shared, v_shared),
                 *(k_full, k_empty, v_full, v_empty, used, begin, lowest, highest, scale, LSE),
-                *(turns, WHICH, TURNS),
-                *("", STAGES, PIN, LAYOUT, INPUT),
+                *(order, WHICH, TURNS, "both", STAGES, PIN, LAYOUT, INPUT),
             )
-            weights, total, top, out = _blocks(
-                *(right, count, weights, total, top, out, q, k_shared, v_shared),
-                *(k_full, k_empty, v_full, v_empty, used, begin, lowest, highest, scale, LSE),
-                *(turns, WHICH, TURNS),
-                *("upper", STAGES, PIN, LAYOUT, INPUT),
-            )
-            last = used + count - 1
-            sums = _sums(weights, out, v_shared, v_full, last, STAGES)
-            out, weights = warpgroup_mma_wait(0, deps=[sums, weights])
-            _let_go(v_empty.index(last % STAGES))
+        weights, total, top, out = _blocks(
+            *(left, right, weights, total, top, out, q, k_shared, v_shared),
+            *(k_full, k_empty, v_full, v_empty, used, begin, lowest, highest, scale, LSE),
+            *(order, WHICH, TURNS, "", STAGES, PIN, LAYOUT, INPUT),
+        )
+        weights, total, top, out = _blocks(
+            *(right, count, weights, total, top, out, q, k_shared, v_shared),
+            *(k_full, k_empty, v_full, v_empty, used, begin, lowest, highest, scale, LSE),
+            *(order, WHICH, TURNS, "upper", STAGES, PIN, LAYOUT, INPUT),
+        )
         _let_go(q_empty.index(slot))
-        empty = total == 0
-        some = gl.where(empty, 1.0, total)
-        lse = gl.where(empty, float("-inf"), (top * scale + gl.log2(some)) * _LN2)
-        at = batch.to(gl.int64) * lse_batch + head.to(gl.int64) * lse_head
-        gl.store(LSE + at + row, lse, mask=row < n)
-        inverse = gl.convert_layout(1.0 / some, gl.SliceLayout(1, OUT_LAYOUT))
-        # The tile before may still be read from where this one goes.
-        tma.store_wait(0)
-        _barrier()
-        o.reshape([ROWS, DV]).store((out * inverse[:, None]).to(INPUT))
-        fence_async_shared()
-        _barrier()
-        _to_global(OUT, [batch, head, first, 0], o)
         used += count
+        lse_at = LSE + batch.to(gl.int64) * lse_batch + head.to(gl.int64) * lse_head
+        place = [batch, head, own, 0]
+        if turn + 1 < turns:
+            # The last values of this tile are weighed beside block 0 of the next.
+            first, head, batch, begin, count = _tile(turn + 1, band, CONSUMERS * ROWS, KEYS)
+            slot = (turn + 1) % QUERIES
+            q = q_shared.index(slot * CONSUMERS + WHICH).reshape([ROWS, D])
+            mbarrier.wait(q_full.index(slot), ((turn + 1) // QUERIES) & 1)
+            if TURNS:
+                mbarrier.wait(order.index(WHICH), (used & 1) ^ (1 - WHICH))
+            dots = _dots(q, k_shared, k_full, used, ROWS, LAYOUT, STAGES)
+            sums = _sums(weights, out, v_shared, v_full, used - 1, STAGES)
+            if TURNS:
+                mbarrier.arrive(order.index(1 - WHICH))
+            dots = warpgroup_mma_wait(1, deps=[dots])
+            _let_go(k_empty.index(used % STAGES))
+            lowest = low + first + span
+            highest = gl.minimum(high + first + span, m - 1)
+            powers, next_top, _ = _weigh(dots, nothing, scale, lowest, highest, begin, "both")
+            next_total = _pinned(gl.sum(powers, 1), LSE, PIN)
+            out, weights = warpgroup_mma_wait(0, deps=[sums, weights])
+            _let_go(v_empty.index((used - 1) % STAGES))
+            weights = _operand(powers, OUT_LAYOUT, INPUT)
+            _finish(OUT, lse_at, o, out, total, top, scale, place, own - WHICH * ROWS + span, n)
+            total = next_total
+            top = next_top
+        else:
+            sums = _sums(weights, out, v_shared, v_full, used - 1, STAGES)
+            out, weights = warpgroup_mma_wait(0, deps=[sums, weights])
+            _finish(OUT, lse_at, o, out, total, top, scale, place, own - WHICH * ROWS + span, n)
     tma.store_wait(0)
 
 
 @gluon.jit(
     do_not_specialize=[
         *("LSE", "lse_batch", "lse_head", "n", "m", "low", "high"),
-        *("tiles", "heads", "groups", "total", "scale"),
+        *("skipped", "tiles", "heads", "groups", "total", "scale"),
     ]
 )
 def forward_specialised(
@@ -361,6 +382,7 @@ def forward_specialised(
     m,
     low,
     high,
+    skipped,
     tiles,
     heads,
     groups,
@@ -381,8 +403,9 @@ def forward_specialised(
         LSE: float32 `[B, heads, n]`, and its steps along the first two.
         Q, K, V, OUT: descriptors of `[B, H, N, D]` in blocks of ROWS queries and KEYS keys. What is
             outside of them is read as 0, and not written.
-        tiles: of CONSUMERS * ROWS queries, for each of `heads` heads and each batch row; `total`
-            all together, dealt out to the programs of the launch.
+        tiles: of CONSUMERS * ROWS queries, after `skipped` others that see nothing, as do those
+            after them; for each of `heads` heads and each batch row; `total` all together, dealt
+            out to the programs of the launch.
         groups: query heads of a head of K and V.
         scale: of q . k, in base 2; above 0.
     """
@@ -408,16 +431,16 @@ def forward_specialised(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     if TURNS:
-        mbarrier.init(turns.index(0), count=1)
-        mbarrier.init(turns.index(1), count=1)
+        mbarrier.init(order.index(0), count=1)
+        mbarrier.init(order.index(1), count=1)
     fence_async_shared()
 
     producer = (Q, K, V, q_shared, k_shared, v_shared)
-    consumer = (OUT, LSE, lse_batch, lse_head, q_shared, k_shared, v_shared, o_shared, turns)
+    consumer = (OUT, LSE, lse_batch, lse_head, q_shared, k_shared, v_shared, o_shared, order)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    band = (n, m, low, high, tiles, heads, total)
+    band = (n, m, low, high, skipped, tiles, heads, total)
     # Constants in a tuple that has a name would become numbers of the running program.
     if CONSUMERS == 1:
         gl.warp_specialize(
