@@ -22,19 +22,30 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def carry(call: AttentionCall, features: int, kernel: str, projected: bool = False) -> Any:
-    """How a kernel is cut that carries a state of so many features; None where none does."""
+# Kernels that carry states: of a call, and of its gradients.
+_FORWARD = ("outputs",)
+_BACKWARD = ("means", "grad_queries", "grad_keys", "grad_values")
+
+
+def carries(
+    call: AttentionCall, features: int, backward: bool, parts: int = 1, projected: bool = False
+) -> dict[str, Any]:
+    """How kernels are cut that carry states of so many features; empty where none serve."""
     from .triton import config
 
-    dtype = config.products(call.dtype)
-    return config.carry(target(call.device), dtype, features, call.value_dim, projected, kernel)
+    dtype, on = config.products(call.dtype), target(call.device)
+    found = {
+        kernel: config.carry(on, dtype, features, parts, call.value_dim, projected, kernel)
+        for kernel in (_BACKWARD if backward else _FORWARD)
+    }
+    return {} if None in found.values() else found
 
 
-def span(carry: Any) -> int:
+def span(carried: dict[str, Any]) -> int:
     """Positions in a span."""
     from .triton import config
 
-    return config.SPAN if carry is None else config.LONG_SPAN
+    return config.LONG_SPAN if carried else config.SPAN
 
 
 class States(NamedTuple):
@@ -73,14 +84,12 @@ class Launcher:
         own, other = maps
         self.features = q.shape[-1] if own.projection is None else own.projection.shape[0]
         self.parts = 1 if own.turn is None else 2
-        self.carry = None
-        if not backward:
-            projected = own.projection is not None
-            self.carry = carry(call, self.features * self.parts, "outputs", projected)
-        self.span = span(self.carry)
+        projected = own.projection is not None
+        self.carries = carries(call, self.features * self.parts, backward, self.parts, projected)
+        self.span = span(self.carries)
         dtype = config.products(call.dtype)
-        self.tiles = config.tiles(self.target, dtype, self.carry is not None)
-        rows = self.tiles.rows if self.carry is None else self.span
+        self.tiles = config.tiles(self.target, dtype, bool(self.carries))
+        rows = self.span if self.carries else self.tiles.rows
         self.plan = plan.make(call, runs, self.span, rows)
         self.batch = 1
         if len(runs) == 1:
@@ -102,6 +111,7 @@ class Launcher:
         self.value_blocks = -(-call.value_dim // self.value_block)
         self.even = call.value_dim % self.value_block == 0 and self.features % self.block == 0
         self.even &= self.projection is q or self.width == config.padded(self.width)
+        self.even &= self.number == torch.float32  # Triton 3.6 fails on wide loads of float64
         self.size = self.features * self.parts * (call.value_dim + 1)
         self.q_shift = self._shifts(self.q, own)
         self.k_shift = self._shifts(self.k, other)
@@ -147,23 +157,89 @@ class Launcher:
             *("NORMALIZE", "DECAY", "HOLES", "EVEN", "FUNCTION", "PARTS", "PROJECT", "E")
         )
 
-    def _carried(self, carry: Any) -> dict[str, Any]:
+    def _carried(self, kernel: str) -> dict[str, Any]:
         """As `_all`, of a kernel that carries a state."""
         from .triton import config
 
-        whole = config.padded(self.features * self.parts)
-        even = whole == self.features * self.parts and self.call.value_dim % carry.values == 0
-        if self.maps[0].projection is not None or self.parts == 1:
+        carry, features = self.carries[kernel], self.features * self.parts
+        even = features % carry.features == 0 and self.call.value_dim % carry.values == 0
+        if self.maps[0].projection is not None:
             even &= self.width == config.padded(self.width)
-        return self._all() | {
+        options = self._all() | {
             "EVEN": even,
             "ROWS": carry.rows,
             "D": config.padded(self.width),
-            "F": whole,
+            "F": carry.features,
             "E": carry.values,
             "num_warps": carry.warps,
             "num_stages": carry.stages,
         }
+        if kernel == "means":
+            del options["NORMALIZE"]
+        return options
+
+    def _walk(self, kernel: Any, name: str, tensors: Any, states: States, **more: Any) -> None:
+        """Launch a kernel that carries states of keys, on spans and on queries beyond them.
+
+        Args:
+            tensors: q, k, v and those that follow in its arguments; their strides follow too where
+                they have one for each dimension of q.
+        """
+        call, carry = self.call, self.carries[name]
+        blocks = -(-call.value_dim // carry.values)
+        if name == "grad_queries":
+            blocks = -(-self.features * self.parts // carry.features)
+        length = tensors[4]
+        whole = self.plan.query_tiles
+        walks = len(whole) - self.plan.met_all
+        for tiles, walk in ((whole[:walks], True), (whole[walks:], False)):
+            launch(
+                kernel,
+                (len(tiles) * blocks, call.q_heads, self.batch),
+                *(*tensors, states.met, self.plan.runs, tiles, self.key_mask, self.logs),
+                *(self.projection, self.q_shift, self.k_shift),
+                *(stride for x in tensors if x.ndim == 4 for stride in x.stride()[:3]),
+                *(*length.stride()[:2], *self.k_shift.stride()[:2], self.key_mask.stride(0)),
+                *(self.width, call.value_dim, self.features, call.groups, self.plan.slots),
+                *(self.span, *halves(self.maps[0].scale), *halves(self.maps[1].scale)),
+                *self._turn(),
+                WALK=walk,
+                CAUSAL=call.causal,
+                **more,
+                **self._carried(name),
+            )
+
+    def _walk_back(self, kernel: Any, name: str, tensors: Any, states: States, **more: Any) -> None:
+        """Launch a kernel that carries states of queries; the last of tensors has the heads of
+        keys, and takes the sum over those of queries where each has a state of its own."""
+        call, carry = self.call, self.carries[name]
+        blocks = -(-call.value_dim // carry.values)
+        if name == "grad_keys":
+            blocks = -(-self.features * self.parts // carry.features)
+        *given, into = tensors
+        apart = self.decays and call.groups > 1
+        taken = into
+        if apart:
+            shape = (into.shape[0], call.q_heads, *into.shape[2:])
+            taken = torch.zeros(shape, dtype=self.number, device=into.device)
+        length = next(x for x in given if x.ndim == 3)
+        tensors = (*given, taken)
+        launch(
+            kernel,
+            (len(self.plan.key_tiles) * blocks, self.heads, self.batch),
+            *(*tensors, states.met, self.plan.runs, self.plan.key_tiles, self.key_mask, self.logs),
+            *(self.projection, self.q_shift, self.k_shift),
+            *(stride for x in tensors if x.ndim == 4 for stride in x.stride()[:3]),
+            *(*length.stride()[:2], *self.k_shift.stride()[:2], self.key_mask.stride(0)),
+            *(self.width, call.value_dim, self.features, call.groups, self.plan.slots),
+            *(self.span, *halves(self.maps[0].scale), *halves(self.maps[1].scale)),
+            *self._turn(),
+            WALK=call.causal,
+            **more,
+            **self._carried(name),
+        )
+        if apart:
+            into.copy_(taken.unflatten(1, (call.kv_heads, call.groups)).sum(2))
 
     def _turn(self) -> tuple[float, float]:
         return halves(self.maps[0].turn or 0.0)
@@ -244,30 +320,39 @@ class Launcher:
         from .triton.forward import outputs
 
         call, q, k, v = self.call, self.q, self.k, self.v
-        kernel, values, options = outputs, self.value_block, self._all()
-        sizes = (self.blocks, call.groups, self.plan.slots)
-        whole = self.plan.query_tiles
-        pieces = [(whole, {"CAUSAL": call.causal})]
-        if self.carry is not None:
-            kernel, values, options = carried_outputs, self.carry.values, self._carried(self.carry)
-            sizes = (call.groups, self.plan.slots, self.span)
-            walks = len(whole) - self.plan.met_all
-            pieces = [(whole[:walks], {"CAUSAL": call.causal, "WALK": True})]
-            pieces += [(whole[walks:], {"CAUSAL": call.causal, "WALK": False})]
-        blocks = -(-call.value_dim // values)
-        for tiles, way in pieces:
-            launch(
-                kernel,
-                (len(tiles) * blocks, call.q_heads, self.batch),
-                *(q, k, v, out, length, states.met, self.plan.runs, tiles),
-                *(self.key_mask, self.logs, self.projection, self.q_shift, self.k_shift),
-                *(stride for x in (q, k, v, out) for stride in x.stride()[:3]),
-                *(*length.stride()[:2], *self.k_shift.stride()[:2], self.key_mask.stride(0)),
-                *(self.width, call.value_dim, self.features, *sizes),
-                *(*halves(self.maps[0].scale), *halves(self.maps[1].scale), *self._turn()),
-                **options,
-                **way,
-            )
+        if self.carries:
+            self._walk(carried_outputs, "outputs", (q, k, v, out, length), states)
+            return
+        launch(
+            outputs,
+            (len(self.plan.query_tiles) * self.value_blocks, call.q_heads, self.batch),
+            *(q, k, v, out, length, states.met, self.plan.runs, self.plan.query_tiles),
+            *(self.key_mask, self.logs, self.projection, self.q_shift, self.k_shift),
+            *(stride for x in (q, k, v, out) for stride in x.stride()[:3]),
+            *(*length.stride()[:2], *self.k_shift.stride()[:2], self.key_mask.stride(0)),
+            *(self.width, call.value_dim, self.features, self.blocks, call.groups),
+            *(self.plan.slots, *halves(self.maps[0].scale), *halves(self.maps[1].scale)),
+            *self._turn(),
+            **self._all(),
+            CAUSAL=call.causal,
+        )
+
+    def means(self, grad: Tensor, length: Tensor, mean: Tensor, states: States) -> None:
+        """Write the row sums, inf for 0: a row without weights has no gradient; and `g . out`."""
+        from .triton.carried_queries import carried_means
+
+        if not self.carries:
+            # In the digits that sums are in: what is left of g . v - g . out may be little.
+            out = torch.zeros(grad.shape, dtype=self.number, device=grad.device)
+            self.outputs(out, length, states)
+            length.masked_fill_(length == 0, torch.inf)
+            mean.copy_((out * grad).sum(-1))
+            return
+        blocks = -(-self.call.value_dim // self.carries["means"].values)
+        partial = torch.zeros((blocks, *mean.shape), dtype=mean.dtype, device=mean.device)
+        given = (self.q, self.k, self.v, grad, length, partial)
+        self._walk(carried_means, "means", given, states)
+        mean.copy_(partial.sum(0).div_(length))
 
     def query_states(
         self, grad: Tensor, length: Tensor, mean: Tensor, begin: Tensor | None = None
@@ -303,9 +388,14 @@ class Launcher:
     ) -> None:
         """Write dq; length and mean are as in `backward.py`, and states of the keys."""
         from .triton.backward import grad_queries
+        from .triton.carried_queries import carried_grad_queries
 
-        given = (self.q, self.k, self.v, grad, length, mean, dq, states, length)
         most = self.maps[0].lowered == "most"
+        if self.carries:
+            whole = (self.q, self.k, self.v, grad, length, mean, dq)
+            self._walk(carried_grad_queries, "grad_queries", whole, states, MOST=most)
+            return
+        given = (self.q, self.k, self.v, grad, length, mean, dq, states, length)
         tiles = self.plan.query_tiles
         self._gradient(grad_queries, tiles, self.call.q_heads, given, MOST=most)
 
@@ -314,9 +404,16 @@ class Launcher:
     ) -> None:
         """Write dk and dv; states of the queries."""
         from .triton.backward import grad_keys, grad_values
+        from .triton.carried_keys import carried_grad_keys, carried_grad_values
 
-        given = (self.q, self.k, self.v, grad, length, mean, dk, states, length)
         most = self.maps[1].lowered == "most"
+        if self.carries:
+            whole = (self.q, self.k, self.v, grad, length, mean, dk)
+            self._walk_back(carried_grad_keys, "grad_keys", whole, states, MOST=most)
+            of_values = (self.q, self.k, grad, length, dv)
+            self._walk_back(carried_grad_values, "grad_values", of_values, states)
+            return
+        given = (self.q, self.k, self.v, grad, length, mean, dk, states, length)
         tiles, heads = self.plan.key_tiles, self.call.kv_heads
         self._gradient(grad_keys, tiles, heads, given, MOST=most)
         values = (self.q, self.k, grad, length, dv, states, length)

@@ -19,7 +19,7 @@ from ...digits import wide
 from ...runs import Run, cut, trim_future
 from .maps import FusedMap
 from .sweeps import count_features
-from .triton_launcher import Launcher, States, carry, span
+from .triton_launcher import Launcher, States, carries, span
 
 # Elements of the features that torch makes at once.
 _SLAB_ELEMENTS = 2**26
@@ -75,11 +75,7 @@ def _grad_queries(
     on: Launcher, states: States, grad: Tensor, length: Tensor, mean: Tensor, dq: Tensor
 ) -> None:
     if on.normalize:
-        # In the digits that sums are in: what is left of g . v - g . out may be little.
-        out = torch.zeros(grad.shape, dtype=on.number, device=grad.device)
-        on.outputs(out, length, states)
-        length.masked_fill_(length == 0, torch.inf)  # a row without weights has no gradient
-        mean.copy_((out * grad).sum(-1))
+        on.means(grad, length, mean, states)
     on.grad_queries(grad, length, mean, dq, states)
 
 
@@ -118,6 +114,8 @@ class Slab:
         self.positions, self.carried = positions, carried
 
     def _features(self, grad_queries: bool = False, grad_keys: bool = False) -> Launcher:
+        from .triton import config
+
         number, (at_q, at_k) = wide(self.call.dtype), self.positions
         self.x_q, self.x_k = (
             x.to(number).detach().requires_grad_(needed)
@@ -127,9 +125,10 @@ class Slab:
             self.phi_q = self.mechanism.query_map(self.x_q, at_q, self.call).to(number)
         with torch.set_grad_enabled(grad_keys):
             self.phi_k = self.mechanism.feature_map(self.x_k, at_k, self.call).to(number)
-        identity = FusedMap(), FusedMap()
+        identity, factors = (FusedMap(), FusedMap()), config.products(self.call.dtype)
         return Launcher(
-            *(self.phi_q.detach(), self.phi_k.detach(), self.v, self.call, self.runs, identity),
+            *(self.phi_q.detach().to(factors), self.phi_k.detach().to(factors), self.v),
+            *(self.call, self.runs, identity),
             *(self.mechanism.normalize, self.mechanism.decay(self.call), self.backward),
         )
 
@@ -146,7 +145,7 @@ class Slab:
     def grad_queries(self, grad: Tensor, length: Tensor, mean: Tensor, dq: Tensor) -> None:
         """As `Fused.grad_queries`."""
         on = self._features(grad_queries=True)
-        d_phi = torch.zeros_like(on.q)
+        d_phi = torch.zeros(on.q.shape, dtype=on.number, device=on.q.device)
         g, total, middle = (x[self.queries] for x in (grad, length, mean))
         _grad_queries(on, self._key_states(on), g, total, middle, d_phi)
         _pull_back(self.phi_q, self.x_q, d_phi, dq[self.queries])
@@ -157,7 +156,7 @@ class Slab:
         g, total, middle = (x[self.queries] for x in (grad, length, mean))
         states = on.query_states(g, total, middle, self.carried.state)
         self.carried.state = states.end
-        d_phi = torch.zeros_like(on.k)
+        d_phi = torch.zeros(on.k.shape, dtype=on.number, device=on.k.device)
         on.grad_keys(g, total, middle, d_phi, dv[self.keys], states)
         into = dk[self.keys]
         _pull_back(self.phi_k, self.x_k, d_phi, into)
@@ -223,7 +222,7 @@ def _slabs(
     run: Run, call: AttentionCall, features: int, backward: bool
 ) -> Iterator[tuple[slice, slice, int]]:
     """Queries and keys of each slab, as slices of the run's, and where its positions start."""
-    spanned = span(None if backward else carry(call, features, "outputs"))
+    spanned = span(carries(call, features, backward))
     most = _SLAB_ELEMENTS // (features * (call.q_heads + call.kv_heads))
     size = max(1, most // spanned) * spanned
     nothing = slice(0, 0)

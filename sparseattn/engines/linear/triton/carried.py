@@ -17,11 +17,49 @@ from .states import power_of
 
 
 @triton.jit
+def arguments_of(
+    X,
+    row_at,
+    real,
+    block,
+    width,
+    count,
+    scale,
+    ROWS_OF,
+    shift,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    ACROSS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PARTS: tl.constexpr,
+    PROJECT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NUMBER: tl.constexpr,
+    INPUT: tl.constexpr,
+):
+    """What the function of features is applied to, as `before_function`, for a block of the
+    features of both parts. Under EVEN with two parts the block holds them all, half of it each."""
+    if PARTS == 2:
+        column = (block * F + tl.arange(0, F)) % (F // 2 if EVEN else count)
+        x = raw_rows(X, row_at, real, column, width, EVEN)
+        if ACROSS:
+            x = tl.trans(x)
+        y = x.to(NUMBER) * scale
+    else:
+        y, _ = before_function(
+            *(X, row_at, real, block, width, count, scale, ROWS_OF, shift),
+            *(F, D, ACROSS, EVEN, PROJECT, PRECISION, NUMBER, INPUT),
+        )
+    return y
+
+
+@triton.jit
 def phi_of(
     X,
     row_at,
     real,
     position,
+    block,
     width,
     count,
     scale,
@@ -39,23 +77,14 @@ def phi_of(
     NUMBER: tl.constexpr,
     INPUT: tl.constexpr,
 ):
-    """All features of rows, of both parts, `[R, F]` in INPUT (ACROSS: `[F, R]`); and what the
-    function was applied to, in NUMBER. Rows that are not real have the features of 0."""
-    f = tl.arange(0, F)
-    if PROJECT:
-        y, _ = before_function(
-            *(X, row_at, real, 0, width, count, scale, ROWS_OF, shift),
-            *(F, D, ACROSS, EVEN, PROJECT, PRECISION, NUMBER, INPUT),
-        )
-    else:
-        column = f
-        if PARTS == 2:
-            column = f % (F // 2 if EVEN else count)
-        x = raw_rows(X, row_at, real, column, width, EVEN)
-        if ACROSS:
-            x = tl.trans(x)
-        y = x.to(NUMBER) * scale
+    """A block of the features of rows, of both parts, `[R, F]` in INPUT (ACROSS: `[F, R]`). Rows
+    that are not real have the features of 0."""
+    y = arguments_of(
+        *(X, row_at, real, block, width, count, scale, ROWS_OF, shift),
+        *(F, D, ACROSS, EVEN, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
+    )
     phi = function_of(y, FUNCTION)
+    f = block * F + tl.arange(0, F)
     if PARTS == 2:
         angle = position.to(NUMBER) * turn
         second = f >= (F // 2 if EVEN else count)
@@ -66,7 +95,7 @@ def phi_of(
     if not EVEN:
         in_f = f < count * PARTS
         phi = tl.where(in_f[:, None] if ACROSS else in_f[None, :], phi, 0.0)
-    return phi.to(INPUT), y
+    return phi.to(INPUT)
 
 
 @triton.jit
@@ -206,16 +235,16 @@ def carried_outputs(
             if PROJECT:
                 shift = tl.load(Q_SHIFT + row, real, 0.0)
                 key_shift = tl.load(K_SHIFT + position, there, 0.0)
-            phi, _ = phi_of(
-                *(Q, row.to(tl.int64) * q_row, real, position, width, count, scale, turn),
+            phi = phi_of(
+                *(Q, row.to(tl.int64) * q_row, real, position, 0, width, count, scale, turn),
                 *(ROWS_OF, shift, F, D, False, EVEN, FUNCTION, PARTS, PROJECT, PRECISION),
                 *(NUMBER, INPUT),
             )
             length = tl.zeros([ROWS], NUMBER)
             if NORMALIZE:
                 length = tl.sum(phi.to(NUMBER) * ones[None, :], 1)
-            phi_k, _ = phi_of(
-                *(K, position.to(tl.int64) * k_row, there, position, width, count, key_scale),
+            phi_k = phi_of(
+                *(K, position.to(tl.int64) * k_row, there, position, 0, width, count, key_scale),
                 *(turn, ROWS_OF, key_shift, F, D, True, EVEN, FUNCTION, PARTS, PROJECT),
                 *(PRECISION, NUMBER, INPUT),
             )
@@ -260,8 +289,8 @@ def carried_outputs(
             shift = tl.zeros([ROWS], NUMBER)
             if PROJECT:
                 shift = tl.load(Q_SHIFT + row, real, 0.0)
-            phi, _ = phi_of(
-                *(Q, row.to(tl.int64) * q_row, real, position, width, count, scale, turn),
+            phi = phi_of(
+                *(Q, row.to(tl.int64) * q_row, real, position, 0, width, count, scale, turn),
                 *(ROWS_OF, shift, F, D, False, EVEN, FUNCTION, PARTS, PROJECT, PRECISION),
                 *(NUMBER, INPUT),
             )

@@ -17,7 +17,7 @@ MOST_PROJECTED = 128  # of a head that is projected: a tile holds whole rows
 SPAN = 256  # positions whose pairs are weighed one by one
 LONG_SPAN = 1024  # positions that a program carries a state through
 _HELD = 64 * 128  # elements of a state that a program carries, at most
-_MOST_FEATURES, _MOST_PROJECTIONS = 256, 128  # of such a state
+_MOST_FEATURES, _MOST_PROJECTIONS, _MOST_VALUES = 256, 128, 128  # of such a state
 
 
 class Tiles(NamedTuple):
@@ -31,9 +31,11 @@ class Tiles(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """How kernels are cut that carry a state: `rows` of a chunk, `values` of a block."""
+    """How a kernel is cut that carries a state: `rows` of a chunk, `features` and `values` of a
+    block of it."""
 
     rows: int
+    features: int
     values: int
     warps: int
     stages: int
@@ -62,26 +64,44 @@ def tiles(target: Target, dtype: torch.dtype, carried: bool = False) -> Tiles:
     return _SINGLE if dtype == torch.float32 else _HALF
 
 
-_CARRY = {"outputs": (64, 4, 2)}
+# Rows, warps and stages.
+_BY_VALUES = {"outputs": (64, 4, 2), "means": (64, 4, 2), "grad_values": (64, 4, 2)}
+_BY_FEATURES = {"grad_queries": (64, 4, 2), "grad_keys": (64, 4, 2)}
 
 
 def carry(
-    target: Target, dtype: torch.dtype, features: int, values: int, projected: bool, kernel: str
+    target: Target,
+    dtype: torch.dtype,
+    features: int,
+    parts: int,
+    values: int,
+    projected: bool,
+    kernel: str,
 ) -> Carry | None:
-    """How a kernel is cut that carries a state, of all its features; None where none does.
+    """How a kernel is cut that carries a state; None where none does.
 
     Args:
-        dtype: of products. features: of both parts, projected or not. kernel: outputs, say.
+        dtype: of products. features: of all parts; projected: whether by a projection.
+        values: the width of values. kernel: its name in the tables: a program of some holds all
+            features and a block of values, one of the others all values and a block of features.
     """
-    served = kernel in _CARRY and dtype == torch.bfloat16 and target.backend != "hip"
-    if not served or features > (_MOST_PROJECTIONS if projected else _MOST_FEATURES):
+    most = _MOST_PROJECTIONS if projected else _MOST_FEATURES
+    if dtype != torch.bfloat16 or target.backend == "hip" or features > most:
         return None
-    features, whole = padded(features), padded(values)
-    block = min(whole, _HELD // features)
-    if kernel != "outputs" and block < whole:
+    whole, wide = padded(features), padded(values)
+    if kernel in _BY_VALUES:
+        rows, warps, stages = _BY_VALUES[kernel]
+        return Carry(rows, whole, min(wide, _HELD // whole), warps, stages)
+    if wide > _MOST_VALUES:
         return None
-    rows, warps, stages = _CARRY[kernel]
-    return Carry(rows, block, warps, stages)
+    block = min(whole, _HELD // wide)
+    # A gradient through a projection, or through two parts, is a sum over features.
+    summed = projected or parts > 1
+    uneven = whole != features or wide != values
+    if (summed and block < whole) or (parts > 1 and uneven):
+        return None
+    rows, warps, stages = _BY_FEATURES[kernel]
+    return Carry(rows, block, wide, warps, stages)
 
 
 def products(dtype: torch.dtype) -> torch.dtype:
