@@ -46,7 +46,12 @@ def tiles(shared: _Launcher) -> Cut | None:
     from .triton import hopper_config, plan
 
     call: AttentionCall = shared.call
-    found = hopper_config.cut(shared.target, shared.q.dtype, call.head_dim, call.value_dim)
+    bands = [
+        plan.band(shared.mechanism, run.n, run.m, call.causal, run.offset) for run in shared.runs
+    ]
+    bounded = all(band is not None and None not in band for band in bands)
+    widths = (call.head_dim, call.value_dim)
+    found = hopper_config.cut(shared.target, shared.q.dtype, widths, bounded)
     if found is None or _version() not in hopper_config.VERSIONS:
         return None
     if shared.holes or call.softcap is not None or call.scale <= 0:
@@ -106,7 +111,7 @@ def forward(shared: _Launcher, tiles: Cut, out: Tensor, lse: Tensor) -> None:
         launch(
             forward_specialised,
             (programs,),
-            part,
+            *(o, part),
             _descriptor(q, tiles.rows),
             *(_descriptor(x, tiles.keys) for x in (k, v)),
             _descriptor(o, tiles.rows),

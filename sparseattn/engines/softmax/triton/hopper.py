@@ -238,7 +238,7 @@ def _blocks(
 
 
 @gluon.jit
-def _finish(OUT, lse_at, o, out, total, top, scale, place, row, n):
+def _finish(OUTS, lse_at, o, out, total, top, scale, place, row, n):
     """Store a consumer's rows."""
     empty = total == 0
     some = gl.where(empty, 1.0, total)
@@ -251,7 +251,7 @@ def _finish(OUT, lse_at, o, out, total, top, scale, place, row, n):
     o.reshape(out.shape).store((out * inverse[:, None]).to(o.dtype))
     fence_async_shared()
     _barrier()
-    _to_global(OUT, place, o)
+    _to_global(OUTS, place, o)
 
 
 @gluon.jit
@@ -270,7 +270,7 @@ def _attend(
     TURNS: gl.constexpr,
 ):
     """Consumer WHICH: its ROWS rows of each tile."""
-    OUT, LSE, lse_batch, lse_head, q_shared, k_shared, v_shared, o_shared, order = memory
+    OUT, OUTS, LSE, lse_batch, lse_head, q_shared, k_shared, v_shared, o_shared, order = memory
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     n, m, low, high, _, _, _, total_tiles = band
     INPUT: gl.constexpr = q_shared.dtype
@@ -316,17 +316,17 @@ def _attend(
         if KEYS < CONSUMERS * ROWS:
             weights, total, top, out = _blocks(
                 *(1, left, weights, total, top, out, q, k_shared, v_shared),
-                *(k_full, k_empty, v_full, v_empty, used, begin, lowest, highest, scale, LSE),
+                *(k_full, k_empty, v_full, v_empty, used, begin, lowest, highest, scale, OUT),
                 *(order, WHICH, TURNS, "both", STAGES, PIN, LAYOUT, INPUT),
             )
         weights, total, top, out = _blocks(
             *(left, right, weights, total, top, out, q, k_shared, v_shared),
-            *(k_full, k_empty, v_full, v_empty, used, begin, lowest, highest, scale, LSE),
+            *(k_full, k_empty, v_full, v_empty, used, begin, lowest, highest, scale, OUT),
             *(order, WHICH, TURNS, "", STAGES, PIN, LAYOUT, INPUT),
         )
         weights, total, top, out = _blocks(
             *(right, count, weights, total, top, out, q, k_shared, v_shared),
-            *(k_full, k_empty, v_full, v_empty, used, begin, lowest, highest, scale, LSE),
+            *(k_full, k_empty, v_full, v_empty, used, begin, lowest, highest, scale, OUT),
             *(order, WHICH, TURNS, "upper", STAGES, PIN, LAYOUT, INPUT),
         )
         _let_go(q_empty.index(slot))
@@ -350,32 +350,33 @@ def _attend(
             lowest = low + first + span
             highest = gl.minimum(high + first + span, m - 1)
             powers, next_top, _ = _weigh(dots, nothing, scale, lowest, highest, begin, "both")
-            next_total = _pinned(gl.sum(powers, 1), LSE, PIN)
+            next_total = _pinned(gl.sum(powers, 1), OUT, PIN)
             out, weights = warpgroup_mma_wait(0, deps=[sums, weights])
             _let_go(v_empty.index((used - 1) % STAGES))
             weights = _operand(powers, OUT_LAYOUT, INPUT)
-            _finish(OUT, lse_at, o, out, total, top, scale, place, own - WHICH * ROWS + span, n)
+            _finish(OUTS, lse_at, o, out, total, top, scale, place, own - WHICH * ROWS + span, n)
             total = next_total
             top = next_top
         else:
             sums = _sums(weights, out, v_shared, v_full, used - 1, STAGES)
             out, weights = warpgroup_mma_wait(0, deps=[sums, weights])
-            _finish(OUT, lse_at, o, out, total, top, scale, place, own - WHICH * ROWS + span, n)
+            _finish(OUTS, lse_at, o, out, total, top, scale, place, own - WHICH * ROWS + span, n)
     tma.store_wait(0)
 
 
 @gluon.jit(
     do_not_specialize=[
-        *("LSE", "lse_batch", "lse_head", "n", "m", "low", "high"),
+        *("OUT", "LSE", "lse_batch", "lse_head", "n", "m", "low", "high"),
         *("skipped", "tiles", "heads", "groups", "total", "scale"),
     ]
 )
 def forward_specialised(
+    OUT,
     LSE,
     Q,
     K,
     V,
-    OUT,
+    OUTS,
     lse_batch,
     lse_head,
     n,
@@ -400,9 +401,10 @@ def forward_specialised(
     """Softmax attention in a band: query r sees the keys from `low + r` to `high + r`, of m.
 
     Args:
+        OUT: the output, which is written through its descriptor alone.
         LSE: float32 `[B, heads, n]`, and its steps along the first two.
-        Q, K, V, OUT: descriptors of `[B, H, N, D]` in blocks of ROWS queries and KEYS keys. What is
-            outside of them is read as 0, and not written.
+        Q, K, V, OUTS: descriptors of `[B, H, N, D]` in blocks of ROWS queries and KEYS keys; what
+            is outside of them is read as 0, and not written.
         tiles: of CONSUMERS * ROWS queries, after `skipped` others that see nothing, as do those
             after them; for each of `heads` heads and each batch row; `total` all together, dealt
             out to the programs of the launch.
@@ -415,7 +417,7 @@ def forward_specialised(
     q_shared = gl.allocate_shared_memory(INPUT, [QUERIES * CONSUMERS, 1, 1, ROWS, D], Q.layout)
     k_shared = gl.allocate_shared_memory(INPUT, [STAGES, 1, 1, KEYS, D], K.layout)
     v_shared = gl.allocate_shared_memory(INPUT, [STAGES, 1, 1, KEYS, DV], V.layout)
-    o_shared = gl.allocate_shared_memory(INPUT, [CONSUMERS, 1, 1, ROWS, DV], OUT.layout)
+    o_shared = gl.allocate_shared_memory(INPUT, [CONSUMERS, 1, 1, ROWS, DV], OUTS.layout)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], BARRIER)
@@ -438,7 +440,7 @@ def forward_specialised(
     fence_async_shared()
 
     producer = (Q, K, V, q_shared, k_shared, v_shared)
-    consumer = (OUT, LSE, lse_batch, lse_head, q_shared, k_shared, v_shared, o_shared, order)
+    consumer = (OUT, OUTS, LSE, lse_batch, lse_head, q_shared, k_shared, v_shared, o_shared, order)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     band = (n, m, low, high, skipped, tiles, heads, total)
     # Constants in a tuple that has a name would become numbers of the running program.
