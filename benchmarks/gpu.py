@@ -137,7 +137,7 @@ def session(
         whole = not late()
         for name, find in gpu_goals.facts(device).items():
             if name not in names("fact") and not late():
-                take("fact", {"call": name, "value": find()})
+                take("fact", {"call": name, "value": gpu_goals.found(find)})
                 print(f"{name}: {of('fact')[-1]['value']}", flush=True)
         for row in gpu_bench.measure_all(shapes, top, clock, device, names("time"), late):
             take("time", row)

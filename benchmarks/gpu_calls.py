@@ -191,4 +191,5 @@ def brief() -> list[Call]:
         Call(BAND, _SINGLE, 64, few=True),
         Call(BAND, _HALF, 64, steps=1),
         *(Call(default(name), _HALF, 64, backward=True) for name in names),
+        Call(default("linear"), _SINGLE, 64, backward=True),  # whose kernels carry no state
     ]

@@ -160,20 +160,25 @@ def softmax_rows(
 
 
 def linear_row(batch: int, n: int, heads: int, width: int) -> Row:
-    """Forward, causal: pairs within spans, and a state of float32 for each span across them."""
-    span = min(linear_config.SPAN, n)
-    rows = linear_config.tiles(H100, torch.bfloat16).rows
-    spans, blocks = -(-n // span), -(-span // rows)
-    inside = n * (span + 1) / 2
-    visited = spans * rows * rows * blocks * (blocks + 1) / 2
+    """Forward, causal: pairs within chunks, and a state of float32 carried from each to the next.
+
+    States of spans are summed before, from the same keys and values; a program of the outputs holds
+    a block of values, and weighs the pairs of its chunks for itself.
+    """
+    carry = linear_config.carry(H100, torch.bfloat16, width, 1, width, False, "outputs")
+    assert carry is not None
+    spans, chunks = -(-n // linear_config.LONG_SPAN), -(-n // carry.rows)
+    inside = n * (carry.rows + 1) / 2
     tokens = batch * heads
-    across = n * 2 * 2 * width * width  # into a state, and from one
-    flops, whole = (tokens * (pairs * 4 * width + across) for pairs in (inside, visited))
+    product = n * 2 * width * width  # into a state, or from one
+    flops = tokens * (inside * 4 * width + 2 * product)
+    pairs = chunks * carry.rows**2 * 2 * width * (width // carry.values + 1)
     size = 4 * tokens * n * width * 2
-    states = tokens * spans * width * width * 4
     # States are written as sums of spans, read and written as running sums, and read again.
+    states = 4 * tokens * spans * width * width * 4
     call = f"linear {batch}x{n}x{heads}x{width}"
-    return Row("linear forward", call, flops, float(size), whole, float(size + 4 * states))
+    visited = float(tokens * (pairs + 3 * product))
+    return Row("linear forward", call, flops, float(size), visited, float(1.5 * size + states))
 
 
 def decode_row(batch: int, n: int, kv_heads: int, width: int = 128, heads: int = HEADS) -> Row:

@@ -48,6 +48,7 @@ def test_facts() -> None:
         "first call, cold, s": 2.0,
         "compilations over 50 lengths": 1,
         "host us of a small call": 300.0,
+        "in a graph": gpu_goals.found(lambda: 1 / 0),
     }
     found = {goal: met for (goal, _), (_, met) in judged(**given).items()}
     assert found == {
@@ -55,6 +56,7 @@ def test_facts() -> None:
         "the same bits": True,
         "first call, cold, s": True,
         "compilations over 50 lengths": False,
+        "in a graph": False,
     }
 
 
