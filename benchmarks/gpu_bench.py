@@ -84,6 +84,11 @@ class Shape:
         if not isinstance(self.mech, sa.MaskedSoftmax):
             row = gpu_model.linear_row(self.batch, self.n, self.heads, self.width)
             return row.flops, row.bytes
+        if self.mech.is_dynamic:  # as many keys as its blocks hold; fewer where there are no more
+            most = self.mech.top * self.mech.block
+            seen = sum(min(i + 1, most) for i in range(self.n))
+            size = 2 * (2 * self.heads + 2 * self.kv_heads) * self.n * self.width
+            return 4.0 * self.width * self.batch * self.heads * seen, float(self.batch * size)
         call = gpu_model.shaped(
             self.heads, self.kv_heads, self.n, self.width, self.batch, self.causal
         )
@@ -125,6 +130,10 @@ def shapes() -> list[Shape]:
         for batch, n in gpu_model.DECODE:
             name = f"decode B={batch}, N={n}, kv heads {kv}"
             made.append(Shape(name, full, batch, 32, kv, n, 128, queries=1))
+    for n in (16384, 65536):
+        mech = sa.mechanism("topk_blocks")
+        shape = Shape(f"{mech}, N={n}, D=128, kv heads 8", mech, 1, 32, 8, n, 128)
+        made.append(replace(shape, dense=n <= _LONGEST_DENSE))
     for window in (1024, 256, 4096):
         for n in (16384, 4096, 262144):
             for kv in (32, 8):
