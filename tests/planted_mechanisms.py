@@ -250,6 +250,30 @@ class DividedByTheCount(Features):
         return scores / call.allowed().sum(-1, keepdim=True).clamp(min=1)
 
 
+@plant("fused_maps_are_the_maps")
+@dataclass(frozen=True)
+class FusesAnotherScale(Features):
+    name = "fuses_another_scale"
+
+    def feature_map(self, x: Tensor, positions: Tensor, call: sa.AttentionCall) -> Tensor:
+        return torch.relu(x)
+
+    def fused_maps(self, call: sa.AttentionCall) -> tuple[sa.FusedMap, sa.FusedMap]:
+        return sa.FusedMap("relu"), sa.FusedMap("relu", scale=2.0)
+
+
+@plant("fused_maps_are_the_maps")
+@dataclass(frozen=True)
+class FusesHalfOfItsFeatures(Features):
+    name = "fuses_half_of_its_features"
+
+    def feature_map(self, x: Tensor, positions: Tensor, call: sa.AttentionCall) -> Tensor:
+        return torch.cat([torch.relu(x), torch.relu(-x)], dim=-1)
+
+    def fused_maps(self, call: sa.AttentionCall) -> tuple[sa.FusedMap, sa.FusedMap]:
+        return sa.FusedMap("relu"), sa.FusedMap("relu")
+
+
 @plant("the_future_changes_nothing")
 @dataclass(frozen=True)
 class StabiliserLooksAhead(Features):

@@ -214,6 +214,42 @@ def kernel_rows_sum_to_one(subject: Subject, case: Case) -> None:
         raise Broken(f"a row of weights misses the sum 1 by {error:.3g}")
 
 
+def _declares_maps(mechanism: Mechanism) -> str:
+    if not isinstance(mechanism, KernelizedLinear):
+        return "it has no feature maps"
+    x = torch.zeros(1, 1, 1, 4)
+    declared = mechanism.fused_maps(AttentionCall.make(x, x, x, causal=True))
+    return "" if declared is not None else "it does not say which its maps are"
+
+
+@law(
+    "The maps that a kernel is told to evaluate are the feature maps.",
+    (Case(1, 3, seed=1), Case(9, causal=True, seed=2), Case(17, 33, batch=2, causal=True, seed=3)),
+    _declares_maps,
+    definition=True,
+)
+def fused_maps_are_the_maps(subject: Subject, case: Case) -> None:
+    """Binds kernels that have `fused_maps`."""
+    x = case.inputs()
+    call, mechanism = subject.call(x).to_dtype(torch.float64), subject.mechanism
+    assert isinstance(mechanism, KernelizedLinear)
+    declared = mechanism.fused_maps(call)
+    if declared is None:
+        return
+    place = call.placement()
+    given = (
+        (mechanism.query_map, declared[0], x.q, place.q[:, None]),
+        (mechanism.feature_map, declared[1], x.k, place.k[:, None]),
+    )
+    for word, (method, fused, rows, at) in zip(("query_map", "feature_map"), given, strict=True):
+        wanted, found = method(rows.double(), at, call), fused(rows.double(), at)
+        if found.shape != wanted.shape:
+            raise Broken(f"fused_maps gives {[*found.shape]}, and {word} {[*wanted.shape]}")
+        error = largest(found - wanted)
+        if not error <= 64 * _EPS * max(1.0, largest(wanted)):
+            raise Broken(f"fused_maps misses {word} by {error:.3g}")
+
+
 def _registered(mechanism: Mechanism) -> bool:
     try:
         return registry.lookup(mechanism.name) is type(mechanism)

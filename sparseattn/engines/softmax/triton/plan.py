@@ -97,7 +97,8 @@ def narrow(mechanism: Any, run: Run, causal: bool) -> bool:
     found = band(mechanism, run.n, run.m, causal, run.offset)
     if found is None:
         return True
-    return found[0] is not None and found[1] is not None and sum(found) < config.NARROW
+    first, second = found
+    return first is not None and second is not None and first + second < config.NARROW
 
 
 def pack_bits(masks: Tensor) -> NDArray[np.int32]:
