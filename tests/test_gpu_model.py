@@ -81,19 +81,19 @@ def test_floor_and_prediction_of_a_row() -> None:
 
 
 def test_linear_work_by_counting_pairs() -> None:
-    n, width = 1000, 64
+    n, width = 1000, 128
     row = gpu_model.linear_row(1, n, 1, width)
-    span, tile = gpu_model.linear_config.SPAN, 64
-    across = 4 * n * width * width
+    chunk, block = 64, 64  # positions of a chunk, values that a program holds
     position = torch.arange(n)
-    same = position[:, None] // span == position[None] // span
+    same = position[:, None] // chunk == position[None] // chunk
     seen = int((same & (position[:, None] >= position[None])).sum())
-    # The last span is ragged: the model takes it for a whole one.
-    assert row.flops - across >= 4 * width * seen
-    assert row.flops - across <= 4 * width * seen * 1.05
-    met = (span // tile) * (span // tile + 1) // 2 * -(-n // span)
-    assert row.visited_flops - across == 4 * width * met * tile * tile
-    assert row.moved_bytes > row.bytes == 4 * n * width * 2
+    product = 2 * n * width * width
+    # The last chunk is ragged: the model takes it for a whole one.
+    assert 4 * width * seen <= row.flops - 2 * product <= 4 * width * seen * 1.05
+    products = 2 * width * (width // block) + 2 * width  # q . k for each block; weights times v
+    assert row.visited_flops == 3 * product + -(-n // chunk) * chunk * chunk * products
+    assert row.bytes == 4 * n * width * 2
+    assert row.moved_bytes == 6 * n * width * 2 + 4 * 4 * width * width
 
 
 def test_decoding_is_bound_by_memory_that_is_read_once() -> None:

@@ -13,7 +13,11 @@ LONG = pytest.mark.long
 
 
 @pytest.mark.parametrize(
-    "group", ["masked", *(pytest.param(x, marks=LONG) for x in ("mechanisms", "halves"))]
+    "group",
+    [
+        *("masked", "carried"),
+        *(pytest.param(x, marks=LONG) for x in ("mechanisms", "halves", "carried_too")),
+    ],
 )
 def test_outputs_and_gradients_are_the_definition(group: str) -> None:
     printed = run_python(newest().path, SCRIPT, group, interpret=True, timeout=PATIENCE)

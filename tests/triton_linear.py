@@ -46,13 +46,32 @@ def masked() -> Iterator[Case]:
         yield spec, qkv(100, 100, 4, 2, 16, F32), {"causal": True, "q_segments": packed}
 
 
+def carried() -> Iterator[Case]:
+    """In half precision, so many that gradients are too, and past the first span."""
+    packed = torch.arange(1100)[None] // torch.tensor([[40], [1060]])
+    yield "linear", qkv(1100, 1090, 2, 1, 16, BF16, 20), {"causal": True}
+    yield "retention", qkv(1100, 1100, 2, 1, 16, BF16), {"causal": True, "q_segments": packed}
+
+
+def carried_too() -> Iterator[Case]:
+    mask = torch.ones(2, 1100, dtype=torch.bool)
+    mask[0, 9::3] = False
+    mask[1, :1040] = False
+    for spec in MECHANISMS[1:]:
+        yield spec, qkv(1100, 1090, 2, 1, 16, BF16), {"causal": True}
+    for spec in ("linear", "retention"):
+        yield spec, qkv(1100, 1100, 2, 1, 16, BF16), {"causal": True, "key_mask": mask}
+    yield "linear", qkv(1100, 600, 2, 2, 16, BF16), {}
+    yield "retention", qkv(600, 1100, 2, 1, 16, BF16), {"causal": True}
+
+
 def small() -> Iterator[Case]:
     """What planted bugs are looked for with."""
     yield "linear", qkv(300, 300, 4, 2, 16, F32), {"causal": True}
     yield "retention", qkv(300, 300, 2, 1, 16, F32), {"causal": True}
 
 
-GROUPS = {f.__name__: f for f in (mechanisms, halves, masked, small)}
+GROUPS = {f.__name__: f for f in (mechanisms, halves, masked, carried, carried_too, small)}
 
 
 def main(name: str) -> None:

@@ -364,7 +364,7 @@ class Launcher:
         )
 
     def _gradient(self, kernel: Any, tiles: Tensor, heads: int, tensors: Any, **more: Any) -> None:
-        """Launch a kernel of `backward.py` on its tensors, the last of which it writes."""
+        """Launch a kernel of `grad_queries.py` on its tensors, the last of which it writes."""
         *given, states, length = tensors
         grid = len(tiles) * more.pop("blocks", 1), heads, self.batch
         read = [x for x in given if x.ndim == 4]
@@ -386,9 +386,9 @@ class Launcher:
     def grad_queries(
         self, grad: Tensor, length: Tensor, mean: Tensor, dq: Tensor, states: States
     ) -> None:
-        """Write dq; length and mean are as in `backward.py`, and states of the keys."""
-        from .triton.backward import grad_queries
+        """Write dq; length and mean are as in `grad_queries.py`, and states of the keys."""
         from .triton.carried_queries import carried_grad_queries
+        from .triton.grad_queries import grad_queries
 
         most = self.maps[0].lowered == "most"
         if self.carries:
@@ -403,8 +403,9 @@ class Launcher:
         self, grad: Tensor, length: Tensor, mean: Tensor, dk: Tensor, dv: Tensor, states: States
     ) -> None:
         """Write dk and dv; states of the queries."""
-        from .triton.backward import grad_keys, grad_values
         from .triton.carried_keys import carried_grad_keys, carried_grad_values
+        from .triton.grad_keys import grad_keys
+        from .triton.grad_values import grad_values
 
         most = self.maps[1].lowered == "most"
         if self.carries:

@@ -62,7 +62,7 @@ class Fused:
         self.on.outputs(out, length, self.on.key_states())
 
     def grad_queries(self, grad: Tensor, length: Tensor, mean: Tensor, dq: Tensor) -> None:
-        """Write dq, and length and mean as `backward.py` has them."""
+        """Write dq, and length and mean as `grad_queries.py` has them."""
         _grad_queries(self.on, self.on.key_states(), grad, length, mean, dq)
 
     def grad_keys(self, grad: Tensor, length: Tensor, mean: Tensor, dk: Tensor, dv: Tensor) -> None:

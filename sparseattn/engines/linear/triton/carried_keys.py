@@ -7,8 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .carried import phi_of, within
-from .carried_queries import into_rows
+from .carried_rows import into_rows, phi_of, within
 from .features import not_finite, number_of, put_rows, raw_rows
 from .states import power_of
 
@@ -184,21 +183,21 @@ def carried_grad_keys(
                 d_w = tl.dot(v, grad, input_precision=PRECISION, out_dtype=NUMBER)
                 if NORMALIZE:
                     d_w = (d_w - mean[None, :]) * by[None, :]
-                    if DECAY:
-                        by *= since
-                    ones -= tl.sum(phi.to(NUMBER) * (by * mean)[:, None], 0)
+                    by *= since
                 if DECAY:
                     d_w *= tl.trans(pairs)
-                weighed = DECAY or NORMALIZE
-                added = (grad.to(NUMBER) * by[None, :]).to(INPUT) if weighed else grad
+                weighed = phi.to(NUMBER) * by[:, None]
+                if NORMALIZE:
+                    ones -= tl.sum(weighed * mean[:, None], 0)
+                added = weighed.to(INPUT) if DECAY or NORMALIZE else phi
                 d_w = tl.where((r[:, None] <= r[None, :]) & there[None, :], d_w, 0.0)
                 d_phi = tl.dot(
                     d_w.to(INPUT), finite, d_phi, input_precision=PRECISION, out_dtype=NUMBER
                 )
-                state = tl.dot(added, phi, state, input_precision=PRECISION, out_dtype=NUMBER)
+                state = tl.dot(grad, added, state, input_precision=PRECISION, out_dtype=NUMBER)
                 if some > 0:
-                    lost = tl.max(tl.where(tl.max(bad.to(tl.int32), 1) > 0, r, -1), 0)
-                    d_phi = tl.where((r <= lost)[:, None], float("nan"), d_phi)
+                    lost = tl.max(tl.where(bad, r[:, None], -1), 0)
+                    d_phi = tl.where(r[:, None] <= lost[None, :], float("nan"), d_phi)
         into_rows(
             *(DK, key.to(tl.int64) * dk_row, d_phi, K, key.to(tl.int64) * k_row, real, key),
             *(block, width, count, key_scale, turn, ROWS_OF, key_shift, F, D, EVEN, FUNCTION),

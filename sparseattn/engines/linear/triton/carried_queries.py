@@ -1,8 +1,8 @@
 """Gradients of queries by programs that carry the states of keys, forwards along a span.
 
-The formulas are those of `backward.py`. Here `mean_i = g_i . out_i` is summed first, pair by pair
-as the gradient weighs them and through the state, in a kernel of its own: it needs every feature of
-a row, and the gradient of a block of features does not.
+The formulas are those of `grad_queries.py`. Here `mean_i = g_i . out_i` is summed first, pair by
+pair and through the state, in a kernel of its own: it needs every feature of a row, and the
+gradient of a block of features does not.
 """
 
 from __future__ import annotations
@@ -10,66 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .carried import arguments_of, phi_of, within
-from .features import multiply, not_finite, number_of, put_rows, raw_rows, slope_of
+from .carried_rows import into_rows, phi_of, within
+from .features import not_finite, number_of, raw_rows
 from .states import power_of
-
-
-@triton.jit
-def into_rows(
-    DX,
-    dx_at,
-    d_phi,
-    X,
-    x_at,
-    real,
-    position,
-    block,
-    width,
-    count,
-    scale,
-    turn,
-    ROWS_OF,
-    shift,
-    F: tl.constexpr,
-    D: tl.constexpr,
-    EVEN: tl.constexpr,
-    FUNCTION: tl.constexpr,
-    MOST: tl.constexpr,
-    PARTS: tl.constexpr,
-    PROJECT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    NUMBER: tl.constexpr,
-    INPUT: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Store the gradient of rows, from that of a block of their features, `[R, F]`. The block
-    holds all features, with two parts or with a projection."""
-    y = arguments_of(
-        *(X, x_at, real, block, width, count, scale, ROWS_OF, shift),
-        *(F, D, False, EVEN, PARTS, PROJECT, PRECISION, NUMBER, INPUT),
-    )
-    d_y = d_phi * slope_of(y, FUNCTION)
-    f = block * F + tl.arange(0, F)
-    if PROJECT:
-        d = tl.arange(0, D)
-        if not EVEN:
-            d_y = tl.where((f < count)[None, :], d_y, 0.0)
-        projection = raw_rows(ROWS_OF, f * (D if EVEN else width), f < count, d, width, EVEN)
-        d_x = multiply(d_y.to(INPUT), projection, PRECISION, NUMBER, INPUT)
-        if not MOST:
-            x = raw_rows(X, x_at, real, d, width, EVEN).to(NUMBER)
-            d_x -= x * scale * tl.sum(d_y, 1)[:, None]
-        put_rows(DX, dx_at, real, d, width, d_x * scale, EVEN)
-    elif PARTS == 2:
-        # Always EVEN: the columns of both parts side by side.
-        angle = position.to(NUMBER) * turn
-        second = (f >= F // 2)[None, :]
-        d_y *= tl.where(second, tl.sin(angle)[:, None], tl.cos(angle)[:, None])
-        d_x = tl.sum(tl.reshape(d_y, [ROWS, 2, F // 2]), 1)
-        put_rows(DX, dx_at, real, tl.arange(0, F // 2), width, d_x * scale, EVEN)
-    else:
-        put_rows(DX, dx_at, real, f, width, d_y * scale, EVEN)
 
 
 @triton.jit(do_not_specialize=["mask_batch", "width", "value_width", "count", "slots", "span"])
@@ -404,7 +347,7 @@ def carried_grad_queries(
             finite = tl.where(bad, 0.0, phi_k.to(NUMBER)).to(INPUT)
             v = raw_rows(V, position.to(tl.int64) * v_row, there, e, value_width, EVEN)
             v = tl.trans(v.to(INPUT))
-            added = (v.to(NUMBER) * until[None, :]).to(INPUT) if DECAY else v
+            added = (phi_k.to(NUMBER) * until[:, None]).to(INPUT) if DECAY else phi_k
             d_w = tl.dot(grad, v, input_precision=PRECISION, out_dtype=NUMBER)
             if NORMALIZE:
                 d_w -= mean[:, None]
@@ -415,10 +358,10 @@ def carried_grad_queries(
             d_phi = tl.dot(
                 d_w.to(INPUT), finite, d_phi, input_precision=PRECISION, out_dtype=NUMBER
             )
-            state = tl.dot(added, phi_k, state, input_precision=PRECISION, out_dtype=NUMBER)
+            state = tl.dot(v, added, state, input_precision=PRECISION, out_dtype=NUMBER)
             if some > 0:
-                lost = tl.min(tl.where(tl.max(bad.to(tl.int32), 1) > 0, r, ROWS), 0)
-                d_phi = tl.where((r >= lost)[:, None], float("nan"), d_phi)
+                lost = tl.min(tl.where(bad, r[:, None], ROWS), 0)
+                d_phi = tl.where(r[:, None] >= lost[None, :], float("nan"), d_phi)
         if NORMALIZE:
             d_phi *= (1.0 / tl.load(LENGTH + row, real, 1.0))[:, None]
         shift = tl.zeros([ROWS], NUMBER)
