@@ -25,7 +25,7 @@ def told(word: str, **variables: str) -> Any:
     return json.loads(run_python(fitting().path, SCRIPT, word, timeout=1000, **given))
 
 
-def test_it_serves_bands_that_descriptors_hold() -> None:
+def test_it_serves_bands_and_whole_blocks_that_descriptors_hold() -> None:
     ours, plain = ["forward_specialised"], ["forward"]
     assert told("served") == {
         "band": ours,
@@ -33,6 +33,8 @@ def test_it_serves_bands_that_descriptors_hold() -> None:
         "heads between queries": ours,
         "packed": 4 * ours,  # a launch for each document
         "queries before all keys": ours,
+        "blocks": ours,
+        "blocks, causal": plain,  # some are seen in part
         "many documents": plain,
         "holes": plain,
         "softcap": plain,
@@ -58,6 +60,6 @@ def test_new_lengths_batches_and_windows_compile_nothing() -> None:
 def test_its_cuts_compile_within_memory_and_on_tensor_cores() -> None:
     rows = told("compiled")
     assert [row["problems"] for row in rows] == [[]] * len(rows) and rows
-    # Of what a program keeps from tile to tile, some is spilled, and nothing within a tile.
-    assert max(row["spilled_bytes"] for row in rows) <= 32
+    # A number that a program keeps from tile to tile may be spilled, and nothing within a tile.
+    assert max(row["spilled_bytes"] for row in rows) <= 8
     assert min(row["tensor_cores"]["HGMMA"] for row in rows) >= 72

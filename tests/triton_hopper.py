@@ -29,11 +29,14 @@ def launches(run: Callable[[], Any]) -> list[triton_launch.Launch]:
 def served() -> dict[str, list[str]]:
     """The kernels that a call launches."""
 
-    def found(q: Tensor, k: Tensor, spec: str, **kw: Any) -> list[str]:
-        run = lambda: sa.attention(q, k, k, spec, causal=True, impl="triton", **kw)  # noqa: E731
+    def found(q: Tensor, k: Tensor, spec: Any, **kw: Any) -> list[str]:
+        kw = {"causal": True, "impl": "triton", **kw}
+        run = lambda: sa.attention(q, k, k, spec, **kw)  # noqa: E731
         return [launch.kernel.__name__ for launch in launches(run)]
 
     window = "windowed(window=100)"
+    layout = sa.BlockLayout([0, 2, 2, 3, 4, 5, 6, 7], [0, 5, 2, 3, 4, 5, 6], 128)
+    listed = sa.mechanism("block_sparse", layout=layout)
     q, k = torch.zeros(2, 4, 900, 64, dtype=BF16), torch.zeros(2, 2, 900, 64, dtype=BF16)
     wide = torch.zeros(2, 4, 900, 96, dtype=BF16)
     rows = torch.zeros(900, 2, 4, 65, dtype=BF16).permute(1, 2, 0, 3)[..., :64]
@@ -47,6 +50,8 @@ def served() -> dict[str, list[str]]:
         "heads between queries": found(q.transpose(1, 2).contiguous().transpose(1, 2), k, window),
         "packed": found(q, k, window, q_segments=packed),
         "queries before all keys": found(q, k, window, q_offset=-450),
+        "blocks": found(*(x[:, :, :896] for x in (q, k)), listed, causal=False),
+        "blocks, causal": found(*(x[:, :, :896] for x in (q, k)), listed),
         "many documents": found(q, k, window, q_segments=many),
         "holes": found(q, k, window, key_mask=holes),
         "softcap": found(q, k, window, softcap=3.0),

@@ -1,19 +1,22 @@
-"""Launches of the forward kernel for Hopper, and which calls it serves: bands, without holes."""
+"""Launches of the forward kernel for Hopper, and which calls it serves: bands, and lists of
+blocks that are seen throughout, without holes."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...call import AttentionCall
+from ...runs import Run
 from ..triton_launch import launch
 
 if TYPE_CHECKING:
     from .in_triton import _Launcher
     from .triton.hopper_config import Cut
+    from .triton.plan import Plan
 
 _MOST_RUNS = 8  # each is a launch
 
@@ -41,18 +44,27 @@ def _described(x: Tensor) -> bool:
     )
 
 
-def tiles(shared: _Launcher) -> Cut | None:
-    """How the kernel is cut, where it serves this call and is chosen."""
+class Chosen(NamedTuple):
+    """How a call is launched: the kernel's cut, and a plan for each run whose pattern is a list of
+    blocks instead of a band."""
+
+    cut: Cut
+    lists: list[Plan] | None
+
+
+def tiles(shared: _Launcher) -> Chosen | None:
+    """How the kernel is launched, where it serves this call and is chosen."""
     from .triton import hopper_config, plan
 
     call: AttentionCall = shared.call
     bands = [
         plan.band(shared.mechanism, run.n, run.m, call.causal, run.offset) for run in shared.runs
     ]
-    bounded = all(band is not None and None not in band for band in bands)
+    listed = any(band is None for band in bands)
+    bounded = listed or all(band is not None and None not in band for band in bands)
     widths = (call.head_dim, call.value_dim)
-    found = hopper_config.cut(shared.target, shared.q.dtype, widths, bounded)
-    if found is None or _version() not in hopper_config.VERSIONS:
+    cut = hopper_config.cut(shared.target, shared.q.dtype, widths, bounded)
+    if cut is None or _version() not in hopper_config.VERSIONS:
         return None
     if shared.holes or call.softcap is not None or call.scale <= 0:
         return None
@@ -60,9 +72,18 @@ def tiles(shared: _Launcher) -> Cut | None:
         return None
     if not all(_described(x) for x in (shared.q, shared.k, shared.v)):
         return None
-    banded = (plan.band_ends(shared.mechanism, run, call.causal) for run in shared.runs)
-    # A band that is empty in each row may still have keys between those of its first and last.
-    return found if all(ends is not None and ends[0] <= ends[1] for ends in banded) else None
+    if listed:
+        size = (2 * cut.rows, cut.keys)
+        lists = [plan.make(shared.mechanism, call, [run], *size) for run in shared.runs]
+        # Blocks that are seen in part have masks.
+        whole = all(made.masks.dim() == 1 and not made.band for made in lists)
+        return Chosen(cut, lists) if whole else None
+    for run in shared.runs:
+        ends = plan.band_ends(shared.mechanism, run, call.causal)
+        # A band that is empty in each row may still have keys between its first and last rows'.
+        if ends is None or ends[0] > ends[1]:
+            return None
+    return Chosen(cut, None)
 
 
 def _descriptor(x: Tensor, size: int) -> Any:
@@ -81,48 +102,69 @@ def _descriptor(x: Tensor, size: int) -> Any:
     return TensorDescriptor(x, list(x.shape), [*steps, 1], block, layout)
 
 
-def forward(shared: _Launcher, tiles: Cut, out: Tensor, lse: Tensor) -> None:
+class _Part(NamedTuple):
+    """What a launch has of a run: its keys that some query sees, its band relative to the first of
+    them, the tiles before the first that sees any, and how many do."""
+
+    keys: slice
+    band: tuple[int, int]
+    skipped: int
+    tiles: int
+
+
+def _part(ends: tuple[int, int], run: Run, size: int) -> _Part | None:
+    """The part of a run that a band has, from `plan.band_ends`; None where it sees nothing."""
+    bottom = max(ends[0], 0)
+    m = min(ends[1] + run.n, run.m) - bottom
+    low, high = ends[0] - bottom, ends[1] - bottom
+    begin, end = max(-high, 0), min(run.n, m - low)  # the queries that see something
+    if m <= 0 or begin >= end:
+        return None
+    keys = slice(run.keys.start + bottom, run.keys.start + bottom + m)
+    return _Part(keys, (low, high), begin // size, -(-end // size) - begin // size)
+
+
+def forward(shared: _Launcher, chosen: Chosen, out: Tensor, lse: Tensor) -> None:
     """Fill out and lse."""
     from .triton import plan
     from .triton.hopper import forward_specialised
 
     call: AttentionCall = shared.call
-    size = tiles.consumers * tiles.rows
-    for run in shared.runs:
-        ends = plan.band_ends(shared.mechanism, run, call.causal)
-        assert ends is not None
-        # Keys that no query of the run sees stand outside of the descriptors, and are read as 0.
-        bottom = max(ends[0], 0)
-        m = min(ends[1] + run.n, run.m) - bottom
-        low, high = (end - bottom for end in ends)
-        # The queries that see something.
-        begin, end = max(-high, 0), min(run.n, m - low)
-        q, o, part = (x[run.batch, :, run.queries] for x in (shared.q, out, lse))
-        skipped, count = begin // size, -(-end // size) - begin // size
-        if begin >= end or skipped > 0 or (skipped + count) * size < run.n:
+    cut, lists = chosen
+    size = 2 * cut.rows
+    for at, run in enumerate(shared.runs):
+        q, o, some = (x[run.batch, :, run.queries] for x in (shared.q, out, lse))
+        tables = (o, o)  # pointers to something
+        part: _Part | None
+        if lists is not None:
+            part = _Part(run.keys, (0, 0), 0, len(lists[at].tiles))
+            tables = (lists[at].tiles, lists[at].cols)
+        else:
+            ends = plan.band_ends(shared.mechanism, run, call.causal)
+            assert ends is not None
+            part = _part(ends, run, size)
+        if part is None or part.skipped > 0 or part.tiles * size < run.n:
             o.zero_()
-            part.fill_(-torch.inf)
-        if begin >= end or m <= 0:
+            some.fill_(-torch.inf)
+        if part is None:
             continue
-        seen = slice(run.keys.start + bottom, run.keys.start + bottom + m)
-        k, v = (x[run.batch, :, seen] for x in (shared.k, shared.v))
-        total = count * call.q_heads * q.shape[0]
-        programs = min(total, _processors(q.device)) if tiles.persistent else total
+        # Keys that no query sees stand outside of the descriptors, and are read as 0.
+        k, v = (x[run.batch, :, part.keys] for x in (shared.k, shared.v))
+        total = part.tiles * call.q_heads * q.shape[0]
+        programs = min(total, _processors(q.device)) if cut.persistent else total
         launch(
             forward_specialised,
             (programs,),
-            *(o, part),
-            _descriptor(q, tiles.rows),
-            *(_descriptor(x, tiles.keys) for x in (k, v)),
-            _descriptor(o, tiles.rows),
-            *(*part.stride()[:2], run.n, m, low, high, skipped, count),
+            *(o, some, _descriptor(q, cut.rows)),
+            *(_descriptor(x, cut.keys) for x in (k, v)),
+            *(_descriptor(o, cut.rows), *tables, *some.stride()[:2]),
+            *(run.n, k.shape[2], *part.band, part.skipped, part.tiles),
             *(call.q_heads, call.groups, total, sum(shared.numbers()[:2])),
-            CONSUMERS=tiles.consumers,
-            ROWS=tiles.rows,
-            KEYS=tiles.keys,
-            QUERIES=2 if tiles.persistent else 1,
-            STAGES=tiles.stages,
-            PIN=tiles.pin,
-            TURNS=tiles.turns,
-            num_warps=tiles.rows // 16,
+            LISTS=lists is not None,
+            ROWS=cut.rows,
+            KEYS=cut.keys,
+            QUERIES=2 if cut.persistent else 1,
+            STAGES=cut.stages,
+            TURNS=cut.turns,
+            num_warps=cut.rows // 16,
         )

@@ -14,18 +14,15 @@ class Cut(NamedTuple):
     """Of `forward_specialised`.
 
     Attributes:
-        consumers, rows: warpgroups that compute, and the queries of each.
+        rows: queries of each of the two warpgroups that compute.
         keys: of a block. stages: blocks in a ring.
-        pin: whether powers are taken before the products beside them are waited for.
         turns: whether consumers take turns at issuing products.
         persistent: whether a program has many tiles, and there are as many as processors.
     """
 
-    consumers: int = 2
     rows: int = 64
     keys: int = 128
     stages: int = 2
-    pin: bool = True
     turns: bool = False
     persistent: bool = False
 
@@ -34,11 +31,11 @@ WIDTHS = (64, 128)
 # Versions of Triton with which it was compiled and run.
 VERSIONS = frozenset({(3, 6)})
 # Capabilities on which it was measured to be right, and faster than `forward`.
-_ON: frozenset[int] = frozenset()
+_ON = frozenset({90})
 # By the wider of keys and values, and whether the band is bounded on both sides: if so, its tiles
 # take about the same time; under causal alone they do not.
 _CUTS = {
-    (64, False): Cut(turns=True),
+    (64, False): Cut(),
     (64, True): Cut(persistent=True),
     (128, False): Cut(turns=True),
     (128, True): Cut(persistent=True, turns=True),
@@ -50,7 +47,8 @@ def cut(target: Target, dtype: torch.dtype, widths: tuple[int, int], bounded: bo
 
     Args:
         widths: of a key and of a value.
-        bounded: whether a query sees keys up to some distance alone, on both sides.
+        bounded: whether a query sees keys up to some distance alone, on both sides, or lists of
+            blocks.
 
     `SPARSEATTN_TRITON_SPECIALISED=1` chooses it wherever it serves, and 0 nowhere.
     """
