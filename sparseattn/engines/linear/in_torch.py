@@ -24,6 +24,7 @@ from ...runs import Run, cut, trim_future
 from ..op import KERNELS
 from .direct import Direct, is_cheaper
 from .plan import exactly, state_elements
+from .results import result, whole
 from .scaled import Guarded
 from .state import without_later
 from .sweeps import Sweeps, count_features
@@ -38,20 +39,6 @@ def _put_back(x: Tensor, later: Tensor | None, call: AttentionCall) -> None:
     seen = torch.arange(offset, offset + call.n)[rows].clamp(max=later.shape[2] - 1)
     x = x[:, :, rows].unflatten(1, (call.kv_heads, call.groups))
     x.masked_fill_(later[:, :, None, seen], torch.nan)
-
-
-def _whole(runs: list[Run], call: AttentionCall) -> tuple[bool, bool]:
-    """Whether one run writes every query, and every key: results then need no zeroing."""
-    if len(runs) != 1 or runs[0].batch != slice(0, call.batch):
-        return False, False
-    alone = runs[0].subcall(call)
-    queries = alone.n == call.n and not (call.causal and runs[0].offset < 0)
-    return queries, trim_future(alone) == call.m
-
-
-def _result(shape: tuple[int, ...], like: Tensor, whole: bool) -> Tensor:
-    make = torch.empty if whole else torch.zeros
-    return make(shape, dtype=like.dtype, device=like.device)
 
 
 def _pieces(
@@ -118,7 +105,7 @@ class TorchKernel:
         self, mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> tuple[Tensor, None]:
         runs = cut(call)
-        out = _result((*q.shape[:3], call.value_dim), q, _whole(runs, call)[0])
+        out = result((*q.shape[:3], call.value_dim), q, whole(runs, call)[0])
         if out.numel() == 0:
             return out, None
         for run, sweeps, later in _pieces(mechanism, q, k, v, call, runs):
@@ -141,11 +128,11 @@ class TorchKernel:
         call: AttentionCall,
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         runs = cut(call) if out.numel() else []
-        queries, keys = _whole(runs, call)
+        queries, keys = whole(runs, call)
         dq, dk, dv = (
-            _result(q.shape, q, queries),
-            _result(k.shape, k, keys),
-            _result(v.shape, v, keys),
+            result(q.shape, q, queries),
+            result(k.shape, k, keys),
+            result(v.shape, v, keys),
         )
         for run, sweeps, later in _pieces(mechanism, q, k, v, call, runs):
             g, d = (x[run.batch, :, run.queries] for x in (grad_out, dq))

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ...call import AttentionCall
 from ...digits import wide
+from ...runs import cut
 from ..op import KERNELS
 from ..triton_launch import MOST_TOKENS, MOST_WIDTH, missing, reasons_against
+from .results import result, whole
 from .scaled import out_of_range
 from .sweeps import count_features
 from .triton_launcher import rows_of
@@ -50,10 +52,12 @@ class TritonKernel:
     def forward(
         self, mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> tuple[Tensor, None]:
-        out = torch.zeros((*q.shape[:3], call.value_dim), dtype=q.dtype, device=q.device)
-        length = torch.ones(q.shape[:3], dtype=wide(q.dtype), device=q.device)
+        runs = cut(call)
+        queries, _ = whole(runs, call)
+        out = result((*q.shape[:3], call.value_dim), q, queries)
+        length = _lengths(q, mechanism, queries)
         if out.numel():
-            for piece in pieces(mechanism, q, k, v, call):
+            for piece in pieces(mechanism, q, k, v, call, runs):
                 piece.forward(out, length)
         if _lost(mechanism, length, k, call):
             again, _ = KERNELS["linear:torch"].forward(mechanism, q, k, v, call)
@@ -74,22 +78,35 @@ class TritonKernel:
         lse: Tensor,
         call: AttentionCall,
     ) -> tuple[Tensor, Tensor, Tensor, None]:
-        dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        if not out.numel():
+        runs = cut(call) if out.numel() else []
+        queries, keys = whole(runs, call)
+        keys = keys and runs[0].holes is None  # a hole is written by no kernel
+        dq, dk, dv = (
+            result(q.shape, q, queries),
+            result(k.shape, k, keys),
+            result(v.shape, v, keys),
+        )
+        if not runs:
             return dq, dk, dv, None
         grad = rows_of(grad_out)
-        length = torch.ones(q.shape[:3], dtype=wide(q.dtype), device=q.device)
+        length = _lengths(q, mechanism, queries)
         mean = torch.zeros_like(length)
-        for piece in pieces(mechanism, q, k, v, call, backward=True):
+        for piece in pieces(mechanism, q, k, v, call, runs, backward=True):
             piece.grad_queries(grad, length, mean, dq)
         if _lost(mechanism, length, k, call):
             dq, dk, dv, _ = KERNELS["linear:torch"].backward(
                 mechanism, grad_out, grad_lse, q, k, v, out, lse, call
             )
             return dq, dk, dv, None
-        for piece in pieces(mechanism, q, k, v, call, backward=True, reverse=True):
+        for piece in pieces(mechanism, q, k, v, call, runs, backward=True, reverse=True):
             piece.grad_keys(grad, length, mean, dk, dv)
         return dq, dk, dv, None
+
+
+def _lengths(q: Tensor, mechanism: Any, whole: bool) -> Tensor:
+    """Where row sums are written, `[B, Hq, N]`: 1 where none is."""
+    make = torch.empty if whole and mechanism.normalize else torch.ones
+    return make(q.shape[:3], dtype=wide(q.dtype), device=q.device)
 
 
 def _lost(mechanism: Any, length: Tensor, k: Tensor, call: AttentionCall) -> bool:

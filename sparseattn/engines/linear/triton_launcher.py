@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,39 +13,16 @@ from ...digits import wide
 from ...runs import Run
 from ..triton_launch import halves, launch, target
 from .maps import FusedMap
+from .triton_carried import carries, span, walk, walk_back
 
+_halves = lru_cache(maxsize=256)(halves)
 _SCAN_BLOCK, _SCAN_AHEAD = 512, 8
+_OF_SHIFTS = ("EVEN", "PRECISION", "NUMBER", "INPUT", "ROWS", "D", "F", "num_warps", "num_stages")
 
 
 def rows_of(x: Tensor) -> Tensor:
     """x with its last dimension in one piece, as kernels read it."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-# Kernels that carry states: of a call, and of its gradients.
-_FORWARD = ("outputs",)
-_BACKWARD = ("means", "grad_queries", "grad_keys", "grad_values")
-
-
-def carries(
-    call: AttentionCall, features: int, backward: bool, parts: int = 1, projected: bool = False
-) -> dict[str, Any]:
-    """How kernels are cut that carry states of so many features; empty where none serve."""
-    from .triton import config
-
-    dtype, on = config.products(call.dtype), target(call.device)
-    found = {
-        kernel: config.carry(on, dtype, features, parts, call.value_dim, projected, kernel)
-        for kernel in (_BACKWARD if backward else _FORWARD)
-    }
-    return {} if None in found.values() else found
-
-
-def span(carried: dict[str, Any]) -> int:
-    """Positions in a span."""
-    from .triton import config
-
-    return config.LONG_SPAN if carried else config.SPAN
 
 
 class States(NamedTuple):
@@ -116,8 +93,9 @@ class Launcher:
         self.q_shift = self._shifts(self.q, own)
         self.k_shift = self._shifts(self.k, other)
 
-    def _constants(self, *names: str) -> dict[str, Any]:
-        """Constants and options of a launch; `names` are those that not every kernel has."""
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        """Constants and options of a launch."""
         import triton.language as tl
 
         from .triton import config
@@ -130,8 +108,7 @@ class Launcher:
         made = config.products(self.call.dtype)
         if self.target.backend == "interpreter" and made == torch.bfloat16:
             made = torch.float32  # its products of bfloat16 are garbage
-        constants = {
-            "CAUSAL": self.call.causal,
+        return {
             "NORMALIZE": self.normalize,
             "DECAY": self.decays,
             "HOLES": self.holes,
@@ -140,8 +117,6 @@ class Launcher:
             "PARTS": self.parts,
             "PROJECT": self.maps[0].projection is not None,
             "E": self.value_block,
-        }
-        return {name: constants[name] for name in names} | {
             "PRECISION": config.precision(self.target, self.call.dtype),
             "NUMBER": kinds[self.number],
             "INPUT": kinds[made],
@@ -152,97 +127,11 @@ class Launcher:
             "num_stages": self.tiles.stages,
         }
 
-    def _all(self) -> dict[str, Any]:
-        return self._constants(
-            *("NORMALIZE", "DECAY", "HOLES", "EVEN", "FUNCTION", "PARTS", "PROJECT", "E")
-        )
-
-    def _carried(self, kernel: str) -> dict[str, Any]:
-        """As `_all`, of a kernel that carries a state."""
-        from .triton import config
-
-        carry, features = self.carries[kernel], self.features * self.parts
-        even = features % carry.features == 0 and self.call.value_dim % carry.values == 0
-        if self.maps[0].projection is not None:
-            even &= self.width == config.padded(self.width)
-        options = self._all() | {
-            "EVEN": even,
-            "ROWS": carry.rows,
-            "D": config.padded(self.width),
-            "F": carry.features,
-            "E": carry.values,
-            "num_warps": carry.warps,
-            "num_stages": carry.stages,
-        }
-        if kernel == "means":
-            del options["NORMALIZE"]
-        return options
-
-    def _walk(self, kernel: Any, name: str, tensors: Any, states: States, **more: Any) -> None:
-        """Launch a kernel that carries states of keys, on spans and on queries beyond them.
-
-        Args:
-            tensors: q, k, v and those that follow in its arguments; their strides follow too where
-                they have one for each dimension of q.
-        """
-        call, carry = self.call, self.carries[name]
-        blocks = -(-call.value_dim // carry.values)
-        if name == "grad_queries":
-            blocks = -(-self.features * self.parts // carry.features)
-        length = tensors[4]
-        whole = self.plan.query_tiles
-        walks = len(whole) - self.plan.met_all
-        for tiles, walk in ((whole[:walks], True), (whole[walks:], False)):
-            launch(
-                kernel,
-                (len(tiles) * blocks, call.q_heads, self.batch),
-                *(*tensors, states.met, self.plan.runs, tiles, self.key_mask, self.logs),
-                *(self.projection, self.q_shift, self.k_shift),
-                *(stride for x in tensors if x.ndim == 4 for stride in x.stride()[:3]),
-                *(*length.stride()[:2], *self.k_shift.stride()[:2], self.key_mask.stride(0)),
-                *(self.width, call.value_dim, self.features, call.groups, self.plan.slots),
-                *(self.span, *halves(self.maps[0].scale), *halves(self.maps[1].scale)),
-                *self._turn(),
-                WALK=walk,
-                CAUSAL=call.causal,
-                **more,
-                **self._carried(name),
-            )
-
-    def _walk_back(self, kernel: Any, name: str, tensors: Any, states: States, **more: Any) -> None:
-        """Launch a kernel that carries states of queries; the last of tensors has the heads of
-        keys, and takes the sum over those of queries where each has a state of its own."""
-        call, carry = self.call, self.carries[name]
-        blocks = -(-call.value_dim // carry.values)
-        if name == "grad_keys":
-            blocks = -(-self.features * self.parts // carry.features)
-        *given, into = tensors
-        apart = self.decays and call.groups > 1
-        taken = into
-        if apart:
-            shape = (into.shape[0], call.q_heads, *into.shape[2:])
-            taken = torch.zeros(shape, dtype=self.number, device=into.device)
-        length = next(x for x in given if x.ndim == 3)
-        tensors = (*given, taken)
-        launch(
-            kernel,
-            (len(self.plan.key_tiles) * blocks, self.heads, self.batch),
-            *(*tensors, states.met, self.plan.runs, self.plan.key_tiles, self.key_mask, self.logs),
-            *(self.projection, self.q_shift, self.k_shift),
-            *(stride for x in tensors if x.ndim == 4 for stride in x.stride()[:3]),
-            *(*length.stride()[:2], *self.k_shift.stride()[:2], self.key_mask.stride(0)),
-            *(self.width, call.value_dim, self.features, call.groups, self.plan.slots),
-            *(self.span, *halves(self.maps[0].scale), *halves(self.maps[1].scale)),
-            *self._turn(),
-            WALK=call.causal,
-            **more,
-            **self._carried(name),
-        )
-        if apart:
-            into.copy_(taken.unflatten(1, (call.kv_heads, call.groups)).sum(2))
-
-    def _turn(self) -> tuple[float, float]:
-        return halves(self.maps[0].turn or 0.0)
+    @cached_property
+    def numbers(self) -> tuple[float, ...]:
+        """Scales of queries and of keys and the turn, each as two halves."""
+        own, other = self.maps
+        return (*_halves(own.scale), *_halves(other.scale), *_halves(own.turn or 0.0))
 
     def _shifts(self, x: Tensor, own: FusedMap) -> Tensor:
         """What exponents are lowered by, `[B, H, n]`."""
@@ -258,7 +147,7 @@ class Launcher:
             *(x.shape[2], self.width, self.features, self.blocks),
             *(*halves(own.scale), *halves(own.drop)),
             MOST=own.lowered == "most",
-            **self._constants("EVEN"),
+            **{name: self.constants[name] for name in _OF_SHIFTS},
         )
         return made
 
@@ -288,9 +177,9 @@ class Launcher:
             *(x, value, length, mean, met, self.plan.runs, spans, self.key_mask, self.logs),
             *(self.projection, shift, *x.stride()[:3], *value.stride()[:3], *strides),
             *(self.key_mask.stride(0), self.width, self.call.value_dim, self.features),
-            *(self.blocks, self.call.groups, self.plan.slots, *halves(scale), *self._turn()),
+            *(self.blocks, self.call.groups, self.plan.slots, *_halves(scale), *self.numbers[4:]),
             OF_QUERIES=of_queries,
-            **self._all(),
+            **self.constants,
         )
         blocks = -(-self.size // _SCAN_BLOCK)
         launch(
@@ -321,7 +210,7 @@ class Launcher:
 
         call, q, k, v = self.call, self.q, self.k, self.v
         if self.carries:
-            self._walk(carried_outputs, "outputs", (q, k, v, out, length), states)
+            walk(self, carried_outputs, "outputs", (q, k, v, out, length), states.met)
             return
         launch(
             outputs,
@@ -331,9 +220,8 @@ class Launcher:
             *(stride for x in (q, k, v, out) for stride in x.stride()[:3]),
             *(*length.stride()[:2], *self.k_shift.stride()[:2], self.key_mask.stride(0)),
             *(self.width, call.value_dim, self.features, self.blocks, call.groups),
-            *(self.plan.slots, *halves(self.maps[0].scale), *halves(self.maps[1].scale)),
-            *self._turn(),
-            **self._all(),
+            *(self.plan.slots, *self.numbers),
+            **self.constants,
             CAUSAL=call.causal,
         )
 
@@ -351,7 +239,7 @@ class Launcher:
         blocks = -(-self.call.value_dim // self.carries["means"].values)
         partial = torch.zeros((blocks, *mean.shape), dtype=mean.dtype, device=mean.device)
         given = (self.q, self.k, self.v, grad, length, partial)
-        self._walk(carried_means, "means", given, states)
+        walk(self, carried_means, "means", given, states.met)
         mean.copy_(partial.sum(0).div_(length))
 
     def query_states(
@@ -376,11 +264,10 @@ class Launcher:
             *(stride for x in read for stride in x.stride()[:3]),
             *(*length.stride()[:2], *self.k_shift.stride()[:2], self.key_mask.stride(0)),
             *(self.width, self.call.value_dim, self.features, self.blocks, self.call.groups),
-            *(self.plan.slots, *halves(self.maps[0].scale), *halves(self.maps[1].scale)),
-            *self._turn(),
+            *(self.plan.slots, *self.numbers),
             CAUSAL=self.call.causal,
             **more,
-            **self._all(),
+            **self.constants,
         )
 
     def grad_queries(
@@ -393,7 +280,7 @@ class Launcher:
         most = self.maps[0].lowered == "most"
         if self.carries:
             whole = (self.q, self.k, self.v, grad, length, mean, dq)
-            self._walk(carried_grad_queries, "grad_queries", whole, states, MOST=most)
+            walk(self, carried_grad_queries, "grad_queries", whole, states.met, MOST=most)
             return
         given = (self.q, self.k, self.v, grad, length, mean, dq, states, length)
         tiles = self.plan.query_tiles
@@ -410,9 +297,9 @@ class Launcher:
         most = self.maps[1].lowered == "most"
         if self.carries:
             whole = (self.q, self.k, self.v, grad, length, mean, dk)
-            self._walk_back(carried_grad_keys, "grad_keys", whole, states, MOST=most)
+            walk_back(self, carried_grad_keys, "grad_keys", whole, states.met, MOST=most)
             of_values = (self.q, self.k, grad, length, dv)
-            self._walk_back(carried_grad_values, "grad_values", of_values, states)
+            walk_back(self, carried_grad_values, "grad_values", of_values, states.met)
             return
         given = (self.q, self.k, self.v, grad, length, mean, dk, states, length)
         tiles, heads = self.plan.key_tiles, self.call.kv_heads

@@ -8,6 +8,7 @@ slabs along the positions of each run, so that memory does not grow with the len
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ...call import AttentionCall
 from ...digits import wide
-from ...runs import Run, cut, trim_future
+from ...runs import Run, trim_future
 from .maps import FusedMap
 from .sweeps import count_features
 from .triton_launcher import Launcher, States, carries, span
@@ -32,12 +33,8 @@ def declared(mechanism: Any, call: AttentionCall) -> tuple[FusedMap, FusedMap] |
     """
     from .triton import config
 
-    order = type(mechanism).__mro__
-
-    def place(method: str) -> int:
-        return next((i for i, cls in enumerate(order) if method in cls.__dict__), len(order))
-
-    if place("fused_maps") > min(place("feature_map"), place("query_map")):
+    kind: Any = type(mechanism)
+    if not _says_so(kind):
         return None
     maps: tuple[FusedMap, FusedMap] | None = mechanism.fused_maps(call)
     if maps is None:
@@ -49,6 +46,17 @@ def declared(mechanism: Any, call: AttentionCall) -> tuple[FusedMap, FusedMap] |
     if projected and (one.turn is not None or call.head_dim > config.MOST_PROJECTED):
         return None
     return maps if alike else None
+
+
+@lru_cache(maxsize=256)
+def _says_so(cls: type) -> bool:
+    """Whether `fused_maps` is of the class that gives the maps, or of a subclass."""
+
+    def place(method: str) -> int:
+        order = enumerate(cls.__mro__)
+        return next((i for i, one in order if method in one.__dict__), len(cls.__mro__))
+
+    return place("fused_maps") <= min(place("feature_map"), place("query_map"))
 
 
 class Fused:
@@ -176,12 +184,12 @@ def pieces(
     k: Tensor,
     v: Tensor,
     call: AttentionCall,
+    runs: list[Run],
     backward: bool = False,
     reverse: bool = False,
 ) -> Iterator[Fused | Slab]:
     """The pieces of a call, of its gradients if `backward`, in the order of their positions, or in
-    reverse."""
-    runs = cut(call)
+    reverse; runs are those of `cut`."""
     if not runs:
         return
     maps = declared(mechanism, call)

@@ -39,7 +39,7 @@ class Plan(NamedTuple):
             count from. Rows are of the run; slot is where the sum goes.
         query_tiles, key_tiles: run, first position, slot of the state met, its position, and
             whether that is the state of all keys, or of all queries.
-        met_all: of query_tiles, the last so many meet the state of all keys.
+        walks, tails: those query_tiles that meet the state of earlier keys, and of all keys.
         slots: of states.
     """
 
@@ -48,12 +48,13 @@ class Plan(NamedTuple):
     query_spans: Tensor
     query_tiles: Tensor
     key_tiles: Tensor
-    met_all: int
+    walks: Tensor
+    tails: Tensor
     slots: int
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in self[:5])
+        return sum(x.nbytes for x in self[:7])
 
 
 _plans: Held[Plan] = Held(_HELD_BYTES)
@@ -131,10 +132,10 @@ def _build(call: AttentionCall, runs: list[Run], span: int, rows: int) -> Plan:
             tables[4].append(_table(count, *_moved(key_tiles, 1, slots)))
             slots, count = slots + size, count + 1
     joined = [np.concatenate(x) for x in tables]
-    tail = joined[3][:, 4]
-    joined[3] = joined[3][np.argsort(tail, kind="stable")]
+    tail = joined[3][:, 4] != 0
+    joined += [joined[3][~tail], joined[3][tail]]
     on = [torch.from_numpy(x).to(call.device) for x in joined]
-    return Plan(on[0], on[1], on[2], on[3], on[4], int(tail.sum()), slots)
+    return Plan(on[0], on[1], on[2], on[3], on[4], on[5], on[6], slots)
 
 
 def _moved(columns: tuple[Any, ...], at: int, by: int) -> tuple[Any, ...]:
