@@ -117,4 +117,4 @@ def precision(target: Target, dtype: torch.dtype) -> str:
     """How products of float32 are made, for inputs of a dtype."""
     if target.backend != "cuda":
         return "ieee"
-    return {torch.float32: "tf32x3", torch.float16: "tf32"}.get(dtype, "ieee")
+    return {torch.float32: "bf16x6", torch.float16: "tf32"}.get(dtype, "ieee")
