@@ -52,6 +52,7 @@ def served() -> dict[str, list[str]]:
         "queries before all keys": found(q, k, window, q_offset=-450),
         "blocks": found(*(x[:, :, :896] for x in (q, k)), listed, causal=False),
         "blocks, causal": found(*(x[:, :, :896] for x in (q, k)), listed),
+        "blocks with keys that no query sees": found(q, k, "bigbird(block=16)", q_offset=-450),
         "many documents": found(q, k, window, q_segments=many),
         "holes": found(q, k, window, key_mask=holes),
         "softcap": found(q, k, window, softcap=3.0),
@@ -79,7 +80,7 @@ def keys() -> int:
 
 def compiled() -> list[dict[str, Any]]:
     rows = []
-    for spec in ("full", "windowed(window=100)"):
+    for spec in ("full", "windowed(window=100)", "bigbird(block=64)"):
         for d, dv in ((64, 64), (128, 128), (128, 64)):
             q, v = (torch.zeros(1, 2, 300, width, dtype=BF16) for width in (d, dv))
             (launch,) = launches(lambda q=q, v=v, s=spec: sa.attention(q, q, v, s, impl="triton"))

@@ -1,15 +1,17 @@
 """Launches of the forward kernel for Hopper, and which calls it serves: bands, and lists of
-blocks that are seen throughout, without holes."""
+blocks, without holes."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...call import AttentionCall
+from ...layout import Grid
 from ...runs import Run
 from ..triton_launch import launch
 
@@ -44,6 +46,32 @@ def _described(x: Tensor) -> bool:
     )
 
 
+@lru_cache(maxsize=4096)
+def _each_seen(
+    mechanism: Any, n: int, m: int, causal: bool, offset: int, queries: int, keys: int
+) -> bool:
+    """Whether every key of the blocks that a run's lists name is seen by some query.
+
+    The kernel reads whole blocks, and a weight of 0 would not silence what is not finite.
+    """
+    from .triton import plan
+
+    grid = Grid(n, m, causal, offset)
+    key = (mechanism, grid, queries, keys, False)
+    made = plan._lists.get(key, lambda: plan._make_lists(mechanism, grid, queries, keys, False))
+    row = np.repeat(np.arange(len(made.partial)), np.diff(made.indptr))
+    full = np.arange(len(made.cols)) < made.partial[row]
+    bits = np.zeros((-(-m // keys), keys // 32), dtype=np.int32)
+    some = made.cols[~full]
+    if len(some):
+        np.bitwise_or.at(bits, some, made.masks[made.looks[~full], -1])
+    bits[made.cols[full]] = -1
+    seen = np.unpackbits(bits.view(np.uint8), bitorder="little")[:m]
+    named = np.zeros(len(bits), dtype=bool)
+    named[made.cols] = True
+    return bool(seen[np.repeat(named, keys)[:m]].all())
+
+
 class Chosen(NamedTuple):
     """How a call is launched: the kernel's cut, and a plan for each run whose pattern is a list of
     blocks instead of a band."""
@@ -75,9 +103,12 @@ def tiles(shared: _Launcher) -> Chosen | None:
     if listed:
         size = (2 * cut.rows, cut.keys)
         lists = [plan.make(shared.mechanism, call, [run], *size) for run in shared.runs]
-        # Blocks that are seen in part have masks.
-        whole = all(made.masks.dim() == 1 and not made.band for made in lists)
-        return Chosen(cut, lists) if whole else None
+        served = not any(made.band for made in lists) and all(
+            _each_seen(shared.mechanism, run.n, run.m, call.causal, run.offset, *size)
+            for run, made in zip(shared.runs, lists, strict=True)
+            if made.masks.dim() > 1
+        )
+        return Chosen(cut, lists) if served else None
     for run in shared.runs:
         ends = plan.band_ends(shared.mechanism, run, call.causal)
         # A band that is empty in each row may still have keys between its first and last rows'.
@@ -134,11 +165,11 @@ def forward(shared: _Launcher, chosen: Chosen, out: Tensor, lse: Tensor) -> None
     size = 2 * cut.rows
     for at, run in enumerate(shared.runs):
         q, o, some = (x[run.batch, :, run.queries] for x in (shared.q, out, lse))
-        tables = (o, o)  # pointers to something
+        tables = (o, o, o, o)  # pointers to something
         part: _Part | None
         if lists is not None:
             part = _Part(run.keys, (0, 0), 0, len(lists[at].tiles))
-            tables = (lists[at].tiles, lists[at].cols)
+            tables = lists[at][1:5]
         else:
             ends = plan.band_ends(shared.mechanism, run, call.causal)
             assert ends is not None
@@ -160,7 +191,7 @@ def forward(shared: _Launcher, chosen: Chosen, out: Tensor, lse: Tensor) -> None
             *(_descriptor(o, cut.rows), *tables, *some.stride()[:2]),
             *(run.n, k.shape[2], *part.band, part.skipped, part.tiles),
             *(call.q_heads, call.groups, total, sum(shared.numbers()[:2])),
-            LISTS=lists is not None,
+            LISTS=0 if lists is None else 1 if lists[at].masks.dim() == 1 else 2,
             ROWS=cut.rows,
             KEYS=cut.keys,
             QUERIES=2 if cut.persistent else 1,

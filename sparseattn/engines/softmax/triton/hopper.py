@@ -33,6 +33,7 @@ from .hopper_parts import (
     _sums,
     _to_shared,
     _weigh,
+    _words,
 )
 
 
@@ -45,7 +46,8 @@ def _tiles(total):
 @gluon.jit
 def _tile(at, band, lists, ROWS: gl.constexpr, KEYS: gl.constexpr, LISTS: gl.constexpr):
     """A program's tile: its first query, head and batch row, where the keys begin that it sees or
-    the list of their blocks, and how many blocks there are.
+    the list of their blocks, and how many blocks there are; and in a list where those begin that
+    are seen in part.
 
     A band has at least one; of its tiles the last queries come first, which under causal see the
     most keys.
@@ -58,14 +60,16 @@ def _tile(at, band, lists, ROWS: gl.constexpr, KEYS: gl.constexpr, LISTS: gl.con
         row = lists[0] + tile * 8
         first = gl.load(row + 1) * ROWS
         begin = gl.load(row + 2)
+        outer = gl.load(row + 3)
         count = gl.load(row + 4) - begin
     else:
+        outer = 0
         first = (skipped + tiles - 1 - tile) * ROWS
         last = gl.minimum(first + ROWS, n) - 1
         begin = gl.maximum(low + first, 0)
         end = gl.minimum(high + last + 1, m)
         count = (end - begin + KEYS - 1) // KEYS
-    return first, rest % heads, rest // heads, begin, count
+    return first, rest % heads, rest // heads, begin, count, outer
 
 
 @gluon.jit
@@ -81,7 +85,9 @@ def _load(descriptors, memory, barriers, band, lists, groups, LISTS: gl.constexp
     KEYS: gl.constexpr = k_shared.shape[3]
     used = 0
     for at in range(_tiles(band[7])):
-        first, head, batch, begin, count = _tile(at, band, lists, CONSUMERS * ROWS, KEYS, LISTS)
+        first, head, batch, begin, count, _outer = _tile(
+            at, band, lists, CONSUMERS * ROWS, KEYS, LISTS
+        )
         blocks = gl.maximum(count, 1)
         slot = at % QUERIES
         mbarrier.wait(q_empty.index(slot), ((at // QUERIES) & 1) ^ 1)
@@ -110,6 +116,22 @@ def _load(descriptors, memory, barriers, band, lists, groups, LISTS: gl.constexp
 
 
 @gluon.jit
+def _bounds(band, first, span):
+    """The first and last keys that rows of a band see."""
+    _, m, low, high, _, _, _, _ = band
+    return low + first + span, gl.minimum(high + first + span, m - 1)
+
+
+@gluon.jit
+def _sight(band, lists, first, begin, count, outer, span, LISTS: gl.constexpr):
+    """What rows see of block 0 of a tile, for `_weigh`."""
+    if LISTS == 2:
+        return _words(lists, begin, outer, begin + count, span)
+    else:
+        return _bounds(band, first, span)
+
+
+@gluon.jit
 def _blocks(
     start,
     stop,
@@ -128,12 +150,16 @@ def _blocks(
     weights, total, top, out = running
     _, k_shared, v_shared, _ = memory
     _, _, k_full, k_empty, v_full, v_empty, order = barriers
-    used, begin, lowest, highest = view
+    used, begin, count, outer, first, span, band, lists = view
     STAGES: gl.constexpr = k_shared.shape[0]
     KEYS: gl.constexpr = k_shared.shape[3]
     OUT_LAYOUT: gl.constexpr = out.type.layout
     for block in range(start, stop):
         j = used + block
+        if MASK == "bits":
+            sight = _words(lists, begin + block, outer, begin + count, span)
+        else:
+            sight = _bounds(band, first, span)
         if TURNS:
             mbarrier.wait(order.index(WHICH), (j & 1) ^ (1 - WHICH))
         dots = _dots(q, k_shared, k_full, j, LAYOUT)
@@ -143,7 +169,7 @@ def _blocks(
         dots = warpgroup_mma_wait(1, deps=[dots])
         _let_go(k_empty.index(j % STAGES))
         at = begin + block * KEYS
-        powers, top, shrink = _weigh(dots, top, scale, lowest, highest, at, MASK)
+        powers, top, shrink = _weigh(dots, top, scale, sight, at, MASK)
         total = _pinned(total * shrink + gl.sum(powers, 1))
         out = warpgroup_mma_wait(0, deps=[sums])
         _let_go(v_empty.index((j - 1) % STAGES))
@@ -179,12 +205,13 @@ def _attend(
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, KEYS, 16])
     OUT_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, DV, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    FIRST: gl.constexpr = "" if LISTS else "both"
+    FIRST: gl.constexpr = "both" if LISTS == 0 else "" if LISTS == 1 else "bits"
     o = o_shared.index(WHICH)
     tiles = _tiles(all_tiles)
     nothing = gl.full([ROWS], float("-inf"), gl.float32, layout=ROW)
     span = WHICH * ROWS + gl.arange(0, ROWS, layout=ROW)
-    first, head, batch, begin, count = _tile(0, band, lists, CONSUMERS * ROWS, KEYS, LISTS)
+    first, head, batch, begin, count, outer = _tile(0, band, lists, CONSUMERS * ROWS, KEYS, LISTS)
+    sight = _sight(band, lists, first, begin, count, outer, span, LISTS)
     q = _flat(q_shared.index(WHICH))
     mbarrier.wait(q_full.index(0), 0)
     if TURNS:
@@ -194,9 +221,7 @@ def _attend(
         mbarrier.arrive(order.index(1 - WHICH))
     dots = warpgroup_mma_wait(0, deps=[dots])
     _let_go(k_empty.index(0))
-    lowest = low + first + span
-    highest = gl.minimum(high + first + span, m - 1)
-    powers, top, _ = _weigh(dots, nothing, scale, lowest, highest, begin, FIRST)
+    powers, top, _ = _weigh(dots, nothing, scale, sight, begin, FIRST)
     total = gl.sum(powers, 1)
     weights = _operand(powers, OUT_LAYOUT, INPUT)
     used = 0
@@ -205,16 +230,22 @@ def _attend(
         own = first + WHICH * ROWS
         slot = at % QUERIES
         q = _flat(q_shared.index(slot * CONSUMERS + WHICH))
-        lowest = low + first + span
-        highest = gl.minimum(high + first + span, m - 1)
         out = gl.zeros([ROWS, DV], gl.float32, layout=OUT_LAYOUT)
         running = (weights, total, top, out)
-        view = (used, begin, lowest, highest)
+        view = (used, begin, count, outer, first, span, band, lists)
         if LISTS:
+            whole = count
+            if LISTS == 2:
+                whole = gl.maximum(outer - begin, 1)
             running = _blocks(
-                *(1, count, running, q, memory, barriers, view, scale),
+                *(1, gl.minimum(whole, count), running, q, memory, barriers, view, scale),
                 *("", WHICH, TURNS, LAYOUT),
             )
+            if LISTS == 2:
+                running = _blocks(
+                    *(whole, count, running, q, memory, barriers, view, scale),
+                    *("bits", WHICH, TURNS, LAYOUT),
+                )
             blocks = gl.maximum(count, 1)
         else:
             # Blocks before `left` are not seen by the last row throughout, nor those from `right`
@@ -247,9 +278,10 @@ def _attend(
         row = first + span
         if at + 1 < tiles:
             # The last values of this tile are weighed beside block 0 of the next.
-            first, head, batch, begin, count = _tile(
+            first, head, batch, begin, count, outer = _tile(
                 *(at + 1, band, lists, CONSUMERS * ROWS, KEYS, LISTS)
             )
+            sight = _sight(band, lists, first, begin, count, outer, span, LISTS)
             slot = (at + 1) % QUERIES
             q = _flat(q_shared.index(slot * CONSUMERS + WHICH))
             mbarrier.wait(q_full.index(slot), ((at + 1) // QUERIES) & 1)
@@ -262,9 +294,7 @@ def _attend(
             inverse = _normalised(total, top, scale, lse_at, row, n)
             dots = warpgroup_mma_wait(1, deps=[dots])
             _let_go(k_empty.index(used % STAGES))
-            lowest = low + first + span
-            highest = gl.minimum(high + first + span, m - 1)
-            powers, top, _ = _weigh(dots, nothing, scale, lowest, highest, begin, FIRST)
+            powers, top, _ = _weigh(dots, nothing, scale, sight, begin, FIRST)
             total = _pinned(gl.sum(powers, 1))
             out = warpgroup_mma_wait(0, deps=[sums])
             _let_go(v_empty.index((used - 1) % STAGES))
@@ -280,7 +310,20 @@ def _attend(
 
 @gluon.jit(
     do_not_specialize=[
-        *("OUT", "LSE", "TILES", "COLS", "lse_batch", "lse_head", "n", "m", "low", "high"),
+        *(
+            "OUT",
+            "LSE",
+            "TILES",
+            "COLS",
+            "LOOKS",
+            "MASKS",
+            "lse_batch",
+            "lse_head",
+            "n",
+            "m",
+            "low",
+            "high",
+        ),
         *("skipped", "tiles", "heads", "groups", "total", "scale"),
     ]
 )
@@ -293,6 +336,8 @@ def forward_specialised(
     OUTS,
     TILES,
     COLS,
+    LOOKS,
+    MASKS,
     lse_batch,
     lse_head,
     n,
@@ -314,19 +359,20 @@ def forward_specialised(
     num_warps: gl.constexpr,
 ):
     """Softmax attention in a band, where query r sees the keys from `low + r` to `high + r` of m,
-    or with LISTS to the blocks of KEYS keys that a plan lists for 2 * ROWS queries, throughout.
+    or in the blocks of KEYS keys that a plan lists for 2 * ROWS queries.
 
     Args:
         OUT: the output, which is written through its descriptor alone.
         LSE: float32 `[B, heads, n]`, and its steps along the first two.
         Q, K, V, OUTS: descriptors of `[B, H, N, D]` in blocks of ROWS queries and KEYS keys; what
             is outside of them is read as 0, and not written.
-        TILES, COLS: as `plan.py` has them; of lists.
+        TILES, COLS, LOOKS, MASKS: as `plan.py` has them; of lists.
         tiles: of 2 * ROWS queries, after `skipped` others that see nothing, as do those after them;
             for each of `heads` heads and each batch row; `total` all together, dealt out to the
             programs of the launch.
         groups: query heads of a head of K and V.
         scale: of q . k, in base 2; above 0.
+        LISTS: 0 for a band, 1 for blocks that are seen throughout, 2 for others.
     """
     INPUT: gl.constexpr = Q.dtype
     D: gl.constexpr = Q.block_type.shape[3]
@@ -358,7 +404,7 @@ def forward_specialised(
     memory = (q_shared, k_shared, v_shared, o_shared)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, order)
     band = (n, m, low, high, skipped, tiles, heads, total)
-    lists = (TILES, COLS)
+    lists = (TILES, COLS, LOOKS, MASKS)
     results = (OUTS, LSE, lse_batch, lse_head)
     descriptors = (Q, K, V)
     # Constants in a tuple that has a name would become numbers of the running program.
