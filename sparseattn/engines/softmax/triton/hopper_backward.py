@@ -21,7 +21,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import _barrier, _let_go, _operand, _power, _to_global, _to_shared, _unless_above
+from .hopper_parts import (
+    _barrier,
+    _flat,
+    _let_go,
+    _operand,
+    _power,
+    _to_global,
+    _to_shared,
+    _unless_above,
+)
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -44,14 +53,6 @@ def _phases(own, begin, count, low, high, ROWS: gl.constexpr, SIZE: gl.constexpr
     left = gl.minimum(left, count)
     right = gl.maximum(high + own + 1 - begin, 0) // SIZE
     return left, gl.minimum(gl.maximum(right, left), count)
-
-
-@gluon.jit
-def _flat(x):
-    """A block without its first two dimensions."""
-    ROWS: gl.constexpr = x.shape[2]
-    WIDTH: gl.constexpr = x.shape[3]
-    return x.reshape([ROWS, WIDTH])
 
 
 @gluon.jit

@@ -14,8 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import _barrier, _let_go, _operand, _power, _to_global, _to_shared
-from .hopper_backward import _flat, _LOG2E, _masked, _phases, _product, _span
+from .hopper_backward import _LOG2E, _masked, _phases, _product, _span
+from .hopper_parts import _barrier, _flat, _let_go, _operand, _power, _to_global, _to_shared
 
 
 @triton.jit(do_not_specialize=["lse_batch", "lse_head", "n"])
