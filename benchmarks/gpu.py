@@ -1,6 +1,6 @@
 """`make gpu`: on a GPU, are the kernels right, and how fast; without one, do they compile.
 
-    python benchmarks/gpu.py [--minutes 8] [--triton FOLDER] [--json PATH]
+    python benchmarks/gpu.py [--minutes 8] [--triton FOLDER] [--json PATH] [--commit NAME]
 
 Every row goes to a journal beside the JSON file as it finishes: a run that is stopped, or that has
 no time left, is gone on with by the next: it then ends with status 3. Without a GPU it says so, and
@@ -175,6 +175,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--triton", type=Path, help="a folder, for an environment without triton")
     parser.add_argument("--json", type=Path, default=JSON)
+    parser.add_argument(
+        "--commit", default=manifest.commit(), help="of a checkout that came without its history"
+    )
     given = parser.parse_args()
     start = time.monotonic()
     if importlib.util.find_spec("triton") is None and given.triton is not None:
@@ -187,7 +190,7 @@ def main() -> int:
     clock = timer()
     facts = {
         "device": torch.cuda.get_device_name(),
-        "commit": manifest.commit(),
+        "commit": given.commit,
         "versions": manifest.versions(),
     }
 

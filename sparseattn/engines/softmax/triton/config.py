@@ -59,7 +59,7 @@ _HALF_NARROW: dict[str, _Families] = {
 # float32 through several products of fewer digits needs about three times the registers.
 _SINGLE: dict[str, _Families] = {
     "forward": {
-        "sm_90": {64: Tiles(64, 32, 8, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
+        "sm_90": {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
         "sm_80": {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 16, 4, 1), 256: Tiles(16, 16, 8, 1)},
         "gfx": {64: Tiles(64, 32, 4, 1), 128: Tiles(32, 32, 4, 1), 256: Tiles(32, 16, 8, 1)},
     },
