@@ -24,7 +24,7 @@ from ..triton_launch import (
     reasons_against,
     target,
 )
-from . import few_in_triton, selected_in_triton, specialised_in_triton
+from . import few_in_triton, selected_in_triton, specialised_backward, specialised_in_triton
 from .launches import constants, numbers, rows_of, units
 
 if TYPE_CHECKING:
@@ -163,20 +163,28 @@ class _Launcher:
         delta = torch.empty_like(lse)
         with_lse = grad_lse is not None
         grad_lse = lse if grad_lse is None else grad_lse.contiguous()
-        tiles = self.tiles("grad_queries")
+        special = specialised_backward.cuts(self, grad)
         scales = (*self.numbers(), *halves(call.scale))
         sizes = (call.head_dim, call.value_dim, call.groups)
         steps = (*lse.stride()[:2], self.key_mask.stride(0))
-        made = self.plan(tiles)
-        launch(
-            grad_queries,
-            (len(made.tiles), call.q_heads // self.pack, self.batch),
-            *(grad, q, k, v, out, lse, grad_lse, delta, dq, *made[:5], self.key_mask),
-            *(stride for x in (grad, q, k, v, out, dq) for stride in x.stride()[:3]),
-            *(*steps, *scales, *sizes),
-            LSE_GRAD=with_lse,
-            **self.constants(tiles, made.band),
-        )
+        if special is not None and special.queries is not None:
+            specialised_backward.make_deltas(grad, out, grad_lse if with_lse else None, delta)
+            specialised_backward.grad_queries(self, special.queries, grad, lse, delta, dq)
+        else:
+            tiles = self.tiles("grad_queries")
+            made = self.plan(tiles)
+            launch(
+                grad_queries,
+                (len(made.tiles), call.q_heads // self.pack, self.batch),
+                *(grad, q, k, v, out, lse, grad_lse, delta, dq, *made[:5], self.key_mask),
+                *(stride for x in (grad, q, k, v, out, dq) for stride in x.stride()[:3]),
+                *(*steps, *scales, *sizes),
+                LSE_GRAD=with_lse,
+                **self.constants(tiles, made.band),
+            )
+        if special is not None and special.keys is not None:
+            specialised_backward.grad_keys(self, special.keys, grad, lse, delta, dk, dv)
+            return dq, dk, dv
         tiles = self.tiles("grad_keys")
         made = self.plan(tiles, transposed=True)
         constant = self.constants(tiles, made.band)
