@@ -16,6 +16,7 @@ from .cache import Cache, keeping, starts
 from .call import AttentionCall
 from .digits import widest
 from .engines.linear.state import without_later
+from .engines.linear.triton_step import reasons_against_step, step
 
 if TYPE_CHECKING:
     from .implementation import Implementation
@@ -82,8 +83,14 @@ class StateCache(Cache):
         return reasons
 
     def serves(self, implementation: Implementation, call: AttentionCall) -> list[str]:
-        if self.length == 0 or getattr(implementation, "kernel", None) == "linear:torch":
+        kernel = getattr(implementation, "kernel", None)
+        if self.length == 0 or kernel == "linear:torch":
             return []
+        if kernel == "linear:triton":
+            reasons = reasons_against_step(self.mechanism, call)
+            if call.key_mask is not None:
+                reasons.append("its decoding step takes no key_mask")
+            return reasons
         return [
             'it takes whole calls, and this cache keeps a running state; the engine "torch" can '
             "use that"
@@ -94,10 +101,17 @@ class StateCache(Cache):
     ) -> tuple[Tensor, Tensor | None]:
         if self.length == 0:
             return implementation.run(self.mechanism, q, k, v, call)
-        out, after = self._pass(q, k, v, call)
+        if getattr(implementation, "kernel", None) == "linear:triton" and self._sums is not None:
+            with keeping():
+                first = starts(self._first, self.length, call, None)
+                places = self._places(slice(0, 1), first)
+                out, s = step(self.mechanism, q, k, v, call, self._sums.s, places)
+            self._ready = (call, _Sums(s, None))
+            return out, None
+        made, after = self._pass(q, k, v, call)
         self._ready = (call, after)
-        assert out is not None
-        return out, None
+        assert made is not None
+        return made, None
 
     def _append(self, k: Tensor, v: Tensor, call: AttentionCall, ready: Any) -> None:
         after = self._pass(None, k, v, call)[1] if ready is None else ready

@@ -15,7 +15,7 @@ LONG = pytest.mark.long
 @pytest.mark.parametrize(
     "group",
     [
-        *("masked", "carried"),
+        *("masked", "carried", "steps"),
         *(pytest.param(x, marks=LONG) for x in ("mechanisms", "halves", "carried_too")),
     ],
 )

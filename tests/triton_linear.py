@@ -71,10 +71,31 @@ def small() -> Iterator[Case]:
     yield "retention", qkv(300, 300, 2, 1, 16, F32), {"causal": True}
 
 
+def steps() -> dict[str, list[tuple[str, float, float]]]:
+    """Decoding token by token, after a cache took in the others."""
+    found = {}
+    for spec in ("linear", "cosformer", "retention"):
+        for dtype in (F32, BF16):
+            q, k, v = (t.detach() for t in qkv(37, 37, 4, 2, 24, dtype, 20))
+            cache = sa.mechanism(spec).new_cache(*k.shape[:2], 24, 20, dtype=dtype)
+            out = []
+            for start, stop in ((0, 30), *((i, i + 1) for i in range(30, 37))):
+                new = [x[:, :, start:stop] for x in (q, k, v)]
+                impl = "triton" if start else "auto"
+                out.append(sa.attention(*new, spec, causal=True, cache=cache, impl=impl))
+            call = AttentionCall.make(q, k, v, causal=True)
+            verdict = Budgets(sa.mechanism(spec), q, k, v, call).out(torch.cat(out, 2))
+            found[f"{spec} {dtype}"] = [("out", verdict.error, verdict.budget)]
+    return found
+
+
 GROUPS = {f.__name__: f for f in (mechanisms, halves, masked, carried, carried_too, small)}
 
 
 def main(name: str) -> None:
+    if name == "steps":
+        print(json.dumps(steps()))
+        return
     found = {}
     for at, (spec, x, kw) in enumerate(GROUPS[name]()):
         out = sa.attention(*x, spec, impl="triton", **kw)

@@ -78,7 +78,7 @@ class Launcher:
             self.key_mask = rows_of(call.key_mask.view(torch.uint8))
         self.heads = call.kv_heads if gamma is None else call.q_heads
         self.decays = gamma is not None
-        self.logs = q if gamma is None else _logs(gamma, q.device)
+        self.logs = q if gamma is None else logs_of(gamma, q.device)
         self.projection = q if own.projection is None else own.projection.contiguous()
         self.width = q.shape[-1]
         self.number = wide(call.dtype)
@@ -308,7 +308,7 @@ class Launcher:
         self._gradient(grad_values, tiles, heads, values, blocks=self.value_blocks)
 
 
-def _logs(gamma: Tensor, device: torch.device) -> Tensor:
+def logs_of(gamma: Tensor, device: torch.device) -> Tensor:
     """The base-2 logarithms of decays, float64 `[Hq]`."""
     return _held_logs(tuple(gamma.detach().to("cpu", torch.float64).tolist()), device)
 
