@@ -75,7 +75,10 @@ class Launcher:
         self.key_mask = q  # a pointer to something
         if self.holes:
             assert call.key_mask is not None
-            self.key_mask = rows_of(call.key_mask.view(torch.uint8))
+            mask = call.key_mask.view(torch.uint8)
+            if wide(call.dtype) == torch.float64:
+                mask = mask.int()  # Triton 3.6 makes no products of float64 beside loads of bytes
+            self.key_mask = rows_of(mask)
         self.heads = call.kv_heads if gamma is None else call.q_heads
         self.decays = gamma is not None
         self.logs = q if gamma is None else logs_of(gamma, q.device)

@@ -50,7 +50,7 @@ _HALF = Tiles(64, 64, 64, 8, 2)
 _SINGLE = Tiles(32, 32, 32, 4, 1)
 _DOUBLE = Tiles(16, 16, 16, 4, 1)
 _INTERPRETED = Tiles(64, 128, 128, 4, 1)
-_CARRIED = Tiles(64, 128, 128, 8, 2)  # of the sums that a carried state begins with
+_CARRIED = Tiles(64, 64, 128, 4, 3)  # of the sums that a carried state begins with
 
 
 def tiles(target: Target, dtype: torch.dtype, carried: bool = False) -> Tiles:
