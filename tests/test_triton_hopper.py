@@ -25,7 +25,7 @@ def told(word: str, **variables: str) -> Any:
     return json.loads(run_python(fitting().path, SCRIPT, word, timeout=1000, **given))
 
 
-def test_it_serves_bands_and_blocks_that_descriptors_hold() -> None:
+def test_it_serves_bands_and_whole_blocks_that_descriptors_hold() -> None:
     ours, plain = ["forward_specialised"], ["forward"]
     assert told("served") == {
         "band": ours,
@@ -34,13 +34,12 @@ def test_it_serves_bands_and_blocks_that_descriptors_hold() -> None:
         "packed": 4 * ours,  # a launch for each document
         "queries before all keys": ours,
         "blocks": ours,
-        "blocks, causal": ours,  # some are seen in part
-        "blocks with keys that no query sees": plain,
+        "blocks, causal": plain,  # some are seen in part
         "many documents": plain,
         "holes": plain,
         "softcap": plain,
         "scale below 0": plain,
-        "two bands": ours,
+        "two bands": plain,
         "width": plain,
         "dtype": plain,
         "steps": plain,
@@ -61,6 +60,5 @@ def test_new_lengths_batches_and_windows_compile_nothing() -> None:
 def test_its_cuts_compile_within_memory_and_on_tensor_cores() -> None:
     rows = told("compiled")
     assert [row["problems"] for row in rows] == [[]] * len(rows) and rows
-    # A number that a program keeps from tile to tile may be spilled, and nothing within a tile.
-    assert max(row["spilled_bytes"] for row in rows) <= 8
-    assert min(row["tensor_cores"]["HGMMA"] for row in rows) >= 72
+    assert [row["spilled_bytes"] for row in rows] == [0] * len(rows)
+    assert min(row["tensor_cores"]["HGMMA"] for row in rows) >= 48

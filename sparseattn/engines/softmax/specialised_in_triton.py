@@ -1,17 +1,15 @@
 """Launches of the forward kernel for Hopper, and which calls it serves: bands, and lists of
-blocks, without holes."""
+blocks that are seen throughout, without holes."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...call import AttentionCall
-from ...layout import Grid
 from ...runs import Run
 from ..triton_launch import launch
 
@@ -30,13 +28,6 @@ def _version() -> tuple[int, ...]:
     return tuple(int(x) for x in triton.__version__.split(".")[:2])
 
 
-@lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132  # in a recording
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _described(x: Tensor) -> bool:
     """Whether a tensor descriptor can hold x: everything starts at a multiple of 16 bytes."""
     steps = [step * x.element_size() for step in x.stride()[:3]]
@@ -44,32 +35,6 @@ def _described(x: Tensor) -> bool:
         size == 1 or (step % 16 == 0 and 0 < step < 2**40)
         for size, step in zip(x.shape, steps, strict=False)
     )
-
-
-@lru_cache(maxsize=4096)
-def _each_seen(
-    mechanism: Any, n: int, m: int, causal: bool, offset: int, queries: int, keys: int
-) -> bool:
-    """Whether every key of the blocks that a run's lists name is seen by some query.
-
-    The kernel reads whole blocks, and a weight of 0 would not silence what is not finite.
-    """
-    from .triton import plan
-
-    grid = Grid(n, m, causal, offset)
-    key = (mechanism, grid, queries, keys, False)
-    made = plan._lists.get(key, lambda: plan._make_lists(mechanism, grid, queries, keys, False))
-    row = np.repeat(np.arange(len(made.partial)), np.diff(made.indptr))
-    full = np.arange(len(made.cols)) < made.partial[row]
-    bits = np.zeros((-(-m // keys), keys // 32), dtype=np.int32)
-    some = made.cols[~full]
-    if len(some):
-        np.bitwise_or.at(bits, some, made.masks[made.looks[~full], -1])
-    bits[made.cols[full]] = -1
-    seen = np.unpackbits(bits.view(np.uint8), bitorder="little")[:m]
-    named = np.zeros(len(bits), dtype=bool)
-    named[made.cols] = True
-    return bool(seen[np.repeat(named, keys)[:m]].all())
 
 
 class Chosen(NamedTuple):
@@ -85,13 +50,12 @@ def tiles(shared: _Launcher) -> Chosen | None:
     from .triton import hopper_config, plan
 
     call: AttentionCall = shared.call
-    bands = [
-        plan.band(shared.mechanism, run.n, run.m, call.causal, run.offset) for run in shared.runs
-    ]
-    listed = any(band is None for band in bands)
-    bounded = listed or all(band is not None and None not in band for band in bands)
+    bands = [plan.band_ends(shared.mechanism, run, call.causal) for run in shared.runs]
+    narrow = any(plan.narrow(shared.mechanism, run, call.causal) for run in shared.runs)
+    listed = None in bands
+    pattern = "lists" if listed else "narrow" if narrow else "wide"
     widths = (call.head_dim, call.value_dim)
-    cut = hopper_config.cut(shared.target, shared.q.dtype, widths, bounded)
+    cut = hopper_config.cut(shared.target, shared.q.dtype, widths, pattern)
     if cut is None or _version() not in hopper_config.VERSIONS:
         return None
     if shared.holes or call.softcap is not None or call.scale <= 0:
@@ -103,18 +67,12 @@ def tiles(shared: _Launcher) -> Chosen | None:
     if listed:
         size = (2 * cut.rows, cut.keys)
         lists = [plan.make(shared.mechanism, call, [run], *size) for run in shared.runs]
-        served = not any(made.band for made in lists) and all(
-            _each_seen(shared.mechanism, run.n, run.m, call.causal, run.offset, *size)
-            for run, made in zip(shared.runs, lists, strict=True)
-            if made.masks.dim() > 1
-        )
-        return Chosen(cut, lists) if served else None
-    for run in shared.runs:
-        ends = plan.band_ends(shared.mechanism, run, call.causal)
-        # A band that is empty in each row may still have keys between its first and last rows'.
-        if ends is None or ends[0] > ends[1]:
-            return None
-    return Chosen(cut, None)
+        # Blocks that are seen in part have masks.
+        whole = all(made.masks.dim() == 1 and not made.band for made in lists)
+        return Chosen(cut, lists) if whole else None
+    # A band that is empty in each row may still have keys between its first and last rows'.
+    empty = any(ends is not None and ends[0] > ends[1] for ends in bands)
+    return None if empty else Chosen(cut, None)
 
 
 def _descriptor(x: Tensor, size: int) -> Any:
@@ -165,11 +123,11 @@ def forward(shared: _Launcher, chosen: Chosen, out: Tensor, lse: Tensor) -> None
     size = 2 * cut.rows
     for at, run in enumerate(shared.runs):
         q, o, some = (x[run.batch, :, run.queries] for x in (shared.q, out, lse))
-        tables = (o, o, o, o)  # pointers to something
+        tables = (o, o)  # pointers to something
         part: _Part | None
         if lists is not None:
             part = _Part(run.keys, (0, 0), 0, len(lists[at].tiles))
-            tables = lists[at][1:5]
+            tables = (lists[at].tiles, lists[at].cols)
         else:
             ends = plan.band_ends(shared.mechanism, run, call.causal)
             assert ends is not None
@@ -181,20 +139,17 @@ def forward(shared: _Launcher, chosen: Chosen, out: Tensor, lse: Tensor) -> None
             continue
         # Keys that no query sees stand outside of the descriptors, and are read as 0.
         k, v = (x[run.batch, :, part.keys] for x in (shared.k, shared.v))
-        total = part.tiles * call.q_heads * q.shape[0]
-        programs = min(total, _processors(q.device)) if cut.persistent else total
         launch(
             forward_specialised,
-            (programs,),
+            (part.tiles * call.q_heads * q.shape[0],),
             *(o, some, _descriptor(q, cut.rows)),
             *(_descriptor(x, cut.keys) for x in (k, v)),
             *(_descriptor(o, cut.rows), *tables, *some.stride()[:2]),
             *(run.n, k.shape[2], *part.band, part.skipped, part.tiles),
-            *(call.q_heads, call.groups, total, sum(shared.numbers()[:2])),
-            LISTS=0 if lists is None else 1 if lists[at].masks.dim() == 1 else 2,
+            *(call.q_heads, call.groups, sum(shared.numbers()[:2])),
+            LISTS=lists is not None,
             ROWS=cut.rows,
             KEYS=cut.keys,
-            QUERIES=2 if cut.persistent else 1,
             STAGES=cut.stages,
             TURNS=cut.turns,
             num_warps=cut.rows // 16,

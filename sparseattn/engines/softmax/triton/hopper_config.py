@@ -16,15 +16,13 @@ class Cut(NamedTuple):
     Attributes:
         rows: queries of each of the two warpgroups that compute.
         keys: of a block. stages: blocks in a ring.
-        turns: whether consumers take turns at issuing products.
-        persistent: whether a program has many tiles, and there are as many as processors.
+        turns: whether the two take turns at issuing products.
     """
 
     rows: int = 64
     keys: int = 128
     stages: int = 2
     turns: bool = False
-    persistent: bool = False
 
 
 WIDTHS = (64, 128)
@@ -32,23 +30,24 @@ WIDTHS = (64, 128)
 VERSIONS = frozenset({(3, 6)})
 # Capabilities on which it was measured to be right, and faster than `forward`.
 _ON = frozenset({90})
-# By the wider of keys and values, and whether the band is bounded on both sides: if so, its tiles
-# take about the same time; under causal alone they do not.
+# What was fastest on an H100, by the wider of keys and values and by the pattern: bands of fewer
+# keys than `config.NARROW`, other bands, and lists of blocks.
 _CUTS = {
-    (64, False): Cut(),
-    (64, True): Cut(persistent=True),
-    (128, False): Cut(turns=True),
-    (128, True): Cut(persistent=True, turns=True),
+    (64, "narrow"): Cut(turns=True),
+    (64, "wide"): Cut(turns=True),
+    (64, "lists"): Cut(),
+    (128, "narrow"): Cut(),
+    (128, "wide"): Cut(turns=True),
+    (128, "lists"): Cut(),
 }
 
 
-def cut(target: Target, dtype: torch.dtype, widths: tuple[int, int], bounded: bool) -> Cut | None:
+def cut(target: Target, dtype: torch.dtype, widths: tuple[int, int], pattern: str) -> Cut | None:
     """The cut where the kernel serves and is chosen.
 
     Args:
         widths: of a key and of a value.
-        bounded: whether a query sees keys up to some distance alone, on both sides, or lists of
-            blocks.
+        pattern: "narrow", "wide" or "lists".
 
     `SPARSEATTN_TRITON_SPECIALISED=1` chooses it wherever it serves, and 0 nowhere.
     """
@@ -60,4 +59,4 @@ def cut(target: Target, dtype: torch.dtype, widths: tuple[int, int], bounded: bo
         return None
     if any(width not in WIDTHS for width in widths):
         return None
-    return _CUTS[max(widths), bounded]
+    return _CUTS[max(widths), pattern]

@@ -99,56 +99,12 @@ def _pinned(x):
 
 
 @gluon.jit
-def _words(lists, at, outer, stop, row):
-    """Four words of bits for each row, of which keys of block `at` of a list it sees: of a block
-    before `outer` all, and of one after the list none."""
-    _, _, looks, masks = lists
-    look = gl.load(looks + at, mask=(at >= outer) & (at < stop), other=0)
-    word = masks + look.to(gl.int64) * (129 * 4) + row * 4
-    other = gl.where(at < stop, -1, 0)
-    some = (row >= 0) & (at >= outer) & (at < stop)
-    a = gl.load(word, mask=some, other=other)
-    b = gl.load(word + 1, mask=some, other=other)
-    c = gl.load(word + 2, mask=some, other=other)
-    d = gl.load(word + 3, mask=some, other=other)
-    return a, b, c, d
-
-
-@gluon.jit
-def _unless_clear(x, word, bit):
-    """x, and -inf where a bit of a word is 0."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 t; shr.u32 t, $2, $3; and.b32 t, t, 1;"
-        " setp.eq.u32 p, t, 0; selp.f32 $0, 0fFF800000, $1, p; }",
-        *("=f,f,r,r", [x, word, bit]),
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _weigh(dots, top, scale, sight, begin, MASK: gl.constexpr):
+def _weigh(dots, top, scale, lowest, highest, begin, MASK: gl.constexpr):
     """Weights of a block of keys from its products with queries, the new maximum, and the factor
-    for what was summed before.
-
-    Args:
-        sight: each row's first and last key, or its words of bits.
-        MASK: "both" bounds of a row's keys, the "upper" one, "bits", or "".
-    """
+    for what was summed before. MASK: "both" bounds of a row's keys, the "upper" one, or ""."""
     LAYOUT: gl.constexpr = dots.type.layout
     KEYS: gl.constexpr = dots.shape[1]
-    if MASK == "bits":
-        a, b, c, d = sight
-        bit = gl.arange(0, KEYS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-        word = gl.where(
-            bit < 64,
-            gl.where(bit < 32, a[:, None], b[:, None]),
-            gl.where(bit < 96, c[:, None], d[:, None]),
-        )
-        dots = _unless_clear(dots, word, bit & 31)
-    elif MASK != "":
-        lowest, highest = sight
+    if MASK != "":
         key = begin + gl.arange(0, KEYS, layout=gl.SliceLayout(0, LAYOUT))
         dots = _unless_above(dots, key[None, :], highest[:, None])
         if MASK == "both":
@@ -173,10 +129,8 @@ def _normalised(total, top, scale, lse_at, row, n):
 def _finish(OUTS, o, out, inverse, place):
     """Store a consumer's rows."""
     by = gl.convert_layout(inverse, gl.SliceLayout(1, out.type.layout))
-    # The tile before may still be read from where this one goes.
-    tma.store_wait(0)
-    _barrier()
     _flat(o).store((out * by[:, None]).to(o.dtype))
     fence_async_shared()
     _barrier()
     _to_global(OUTS, place, o)
+    tma.store_wait(0)
