@@ -168,7 +168,9 @@ def _mechanisms(dtypes: Sequence[torch.dtype], widths: Sequence[int]) -> Iterato
 def every() -> list[Call]:
     """The calls of the full check."""
     softmax = [replace(one, backward=way) for one in _softmax() for way in (False, True)]
-    return [*softmax, *_mechanisms((_HALF, _SINGLE), (64, 128))]
+    # So few features that a program carries their state, as it does not with the default.
+    carried = Call("performer(features=128)", width=64, backward=True)
+    return [*softmax, *_mechanisms((_HALF, _SINGLE), (64, 128)), carried]
 
 
 def representative() -> list[Call]:
