@@ -143,19 +143,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel[grid](*args, **options)
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def lend_memory() -> None:
-    """Kernels that make tensor descriptors ask Triton for memory, which then comes from torch. Said
-    at each launch of one: Triton remembers it for a thread alone."""
-    import triton
-
-    triton.set_allocator(_scratch)
-
-
-@lru_cache(maxsize=1024)
 def halves(value: float) -> tuple[float, float]:
     """A float64 number as a sum of two that float32 holds to 48 bits: Triton passes no float64."""
     first = float(torch.tensor(value, dtype=torch.float32))
