@@ -50,6 +50,10 @@ def tiles(shared: _Launcher) -> Chosen | None:
     from .triton import hopper_config, plan
 
     call: AttentionCall = shared.call
+    if shared.holes or call.softcap is not None or call.scale <= 0:
+        return None
+    if len(shared.runs) > _MOST_RUNS:
+        return None
     bands = [plan.band_ends(shared.mechanism, run, call.causal) for run in shared.runs]
     narrow = any(plan.narrow(shared.mechanism, run, call.causal) for run in shared.runs)
     listed = None in bands
@@ -57,10 +61,6 @@ def tiles(shared: _Launcher) -> Chosen | None:
     widths = (call.head_dim, call.value_dim)
     cut = hopper_config.cut(shared.target, shared.q.dtype, widths, pattern)
     if cut is None or _version() not in hopper_config.VERSIONS:
-        return None
-    if shared.holes or call.softcap is not None or call.scale <= 0:
-        return None
-    if len(shared.runs) > _MOST_RUNS:
         return None
     if not all(_described(x) for x in (shared.q, shared.k, shared.v)):
         return None
