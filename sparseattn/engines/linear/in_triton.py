@@ -2,9 +2,11 @@
 
 Kernels and their tables stand in `triton/`, which is imported with the first call that they serve.
 
-- `triton_launcher.py`: how kernels are launched over some runs;
+- `triton_launcher.py`: how kernels are launched over some runs; `triton_carried.py`: those that
+  carry a state in registers, which serve half precision where registers hold it;
 - `triton_pieces.py`: a call cut into pieces that are launched one after another: one, where the
   mechanism declares its feature maps (`fused_maps`) and kernels evaluate them;
+- `triton_step.py`: one token of a decode;
 - here: what is served, and rows whose sums no float32 holds.
 """
 
