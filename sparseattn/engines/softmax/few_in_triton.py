@@ -12,7 +12,7 @@ from torch import Tensor
 from ...call import AttentionCall
 from ...digits import wide
 from ..triton_launch import launch, target
-from .launches import constants, numbers, rows_of, units
+from .launches import constants, numbers, rows_of
 
 MOST_ROWS = 64  # queries times query heads of a group
 MANY_KEYS = 256  # fewer are one part, for which one launch over tiles does
@@ -82,8 +82,7 @@ def attend(
         (splits, call.kv_heads, call.batch),
         *(q, k, v, seen, part, part_lse),
         *(stride for x in (q, k, v) for stride in x.stride()[:3]),
-        *(*steps, *numbers(call), *units(call)),
-        *(call.head_dim, call.value_dim, call.groups, call.n),
+        *(*steps, *numbers(call), call.head_dim, call.value_dim, call.groups, call.n),
         *(low, high, begin, max(end, begin), splits),
         MASKED=mask is not None,
         ROWS=tiles.rows,

@@ -25,7 +25,7 @@ from ..triton_launch import (
     target,
 )
 from . import few_in_triton, selected_in_triton, specialised_backward, specialised_in_triton
-from .launches import constants, numbers, rows_of, units
+from .launches import constants, numbers, rows_of
 
 if TYPE_CHECKING:
     from .triton.config import Tiles
@@ -127,7 +127,7 @@ class _Launcher:
             *(q, k, v, out, lse, *made[:5], self.key_mask),
             *(stride for x in (q, k, v, out) for stride in x.stride()[:3]),
             *(*lse.stride()[:2], self.key_mask.stride(0)),
-            *(*self.numbers(), *units(call), call.head_dim, call.value_dim, call.groups),
+            *(*self.numbers(), call.head_dim, call.value_dim, call.groups),
             **self.constants(tiles, made.band),
         )
         return out, lse

@@ -26,12 +26,6 @@ def numbers(call: AttentionCall) -> tuple[float, ...]:
     return (*halves(call.scale / call.softcap), *halves(call.softcap * _LOG2E))
 
 
-def units(call: AttentionCall) -> tuple[float, float]:
-    """What a unit of the running maximum is as a natural logit, and its rest: of `q . k`, or with a
-    softcap of the tanh. By it lse is rounded as seldom as may be."""
-    return halves(abs(call.scale) if call.softcap is None else call.softcap)
-
-
 def constants(target: Target, dtype: torch.dtype, call: AttentionCall) -> dict[str, Any]:
     """The constants that all kernels share, for inputs of a dtype."""
     import triton.language as tl

@@ -17,7 +17,6 @@ from ...call import AttentionCall
 from ...digits import wide
 from ...runs import Run
 from ..triton_launch import halves, launch
-from .launches import units
 
 if TYPE_CHECKING:
     from .in_triton import _Launcher
@@ -247,7 +246,7 @@ class _Selected:
             *(q, k, v, out, lse, *lists, self.found.stops, shared.key_mask),
             *(stride for x in (q, k, v, out) for stride in x.stride()[:3]),
             *(*lse.stride()[:2], shared.key_mask.stride(0)),
-            *(*shared.numbers(), *units(call), call.head_dim, call.value_dim, call.groups),
+            *(*shared.numbers(), call.head_dim, call.value_dim, call.groups),
             *(call.n, chosen.tiles, lists.at.shape[1]),
             **self.constants(
                 tiles._replace(keys=keys), QUERIES=chosen.queries, PACK=chosen.pack, SPAN=span

@@ -13,7 +13,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .weights import LOG2E, any_in_tile, band_of, between, edge_of, in_width, logits, seen_in_tile
+from .weights import (
+    any_in_tile,
+    band_of,
+    between,
+    edge_of,
+    in_width,
+    logits,
+    norm_of,
+    seen_in_tile,
+)
 
 
 @triton.jit(do_not_specialize=["lse_batch", "lse_head", "mask_batch"])
@@ -117,8 +126,7 @@ def grad_queries(
     if LSE_GRAD:
         delta -= tl.load(GRAD_LSE + lse_at, mask=real, other=0.0).to(NUMBER)
     tl.store(DELTA + lse_at, delta, mask=real)
-    # A row that saw nothing has no powers.
-    lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
+    norm = norm_of(lse)
     # Within a tile offsets are 32 bits wide: 64 for every element would spill.
     span = tl.arange(0, KEYS)
     key_at = K + batch * k_batch + kv_head * k_head + k_first * k_row
@@ -178,7 +186,7 @@ def grad_queries(
                 d_weights = tl.dot(
                     grad, tl.trans(v.to(INPUT)), input_precision=PRECISION, out_dtype=NUMBER
                 )
-                d_dots = tl.exp2(s - lse[:, None]) * (d_weights - delta[:, None]) * bend
+                d_dots = tl.exp2(s - norm[:, None]) * (d_weights - delta[:, None]) * bend
                 if MASKED or HOLES:
                     d_dots = tl.where(seen, d_dots, 0.0)
                 dq = tl.dot(d_dots.to(INPUT), k, dq, input_precision=PRECISION, out_dtype=NUMBER)
@@ -340,10 +348,10 @@ def grad_keys(
                         delta = tl.load(DELTA + lse_row_at, some, 0.0)
                     q = q.to(INPUT)
                     grad = grad.to(INPUT)
-                    lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
+                    norm = norm_of(lse)
                     dots = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=NUMBER)
                     s, bend = logits(dots, scale, cap, SOFTCAP)
-                    powers = tl.exp2(s - lse[None, :])
+                    powers = tl.exp2(s - norm[None, :])
                     if MASKED or HOLES:
                         powers = tl.where(seen, powers, 0.0)
                     dv = tl.dot(

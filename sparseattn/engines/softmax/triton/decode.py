@@ -42,8 +42,6 @@ def part_of_keys(
     scale_rest,
     cap,
     cap_rest,
-    unit,
-    unit_rest,
     head_dim,
     value_dim,
     groups,
@@ -113,7 +111,7 @@ def part_of_keys(
             *(total, top, out, q, k.to(INPUT), v.to(INPUT), seen, scale, by),
             *(True, SOFTCAP, PRECISION, NUMBER, INPUT),
         )
-    out, lse = softmax_of(total, top, out, unit, unit_rest, NUMBER)
+    out, lse = softmax_of(total, top, out)
     part = ((batch * tl.num_programs(1) + kv_head) * splits + split) * ROWS + row
     tl.store(PART + part[:, None] * DV + e[None, :], out, mask=real[:, None])
     tl.store(PART_LSE + part, lse, mask=real)

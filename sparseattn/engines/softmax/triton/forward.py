@@ -12,7 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .weights import LN2, any_in_tile, band_of, between, edge_of, in_width, seen_in_tile, tanh
+from .weights import (
+    any_in_tile,
+    band_of,
+    between,
+    edge_of,
+    in_width,
+    natural_of,
+    seen_in_tile,
+    tanh,
+)
 
 
 @triton.jit
@@ -35,19 +44,20 @@ def take_keys(
     """Add a block of keys to the running sums of softmax: total `[R]`, top `[R]`, out `[R, DV]`.
 
     q `[R, D]`, k `[L, D]`, v `[L, DV]`; seen `[R, L]`, if MASKED. A logit in base 2 is `by`, which
-    is above 0, times `q . k`, or with a softcap times the tanh of `scale` times that; `top` is the
-    greatest without `by`, so that `by` and what is subtracted are one operation an element. Values
-    that no row sees must be finite: a weight of 0 would not silence a NaN. They are loaded as 0.
+    is above 0, times `q . k`, or with a softcap times the tanh of `scale` times that: it and what
+    is subtracted are one operation an element. `top` is the greatest, rounded; powers must be
+    measured from that very number. Values that no row sees must be finite: a weight of 0 would not
+    silence a NaN. They are loaded as 0.
     """
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
     if SOFTCAP:
         s = tanh(s * scale)
     if MASKED:
         s = tl.where(seen, s, float("-inf"))
-    higher = tl.maximum(top, tl.max(s, 1))
-    base = tl.where(higher == float("-inf"), 0.0, higher * by)
+    higher = tl.maximum(top, tl.max(s, 1) * by)
+    base = tl.where(higher == float("-inf"), 0.0, higher)
     powers = tl.exp2(s * by - base[:, None])
-    shrink = tl.exp2(top * by - base)
+    shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(powers, 1)
     out = out * shrink[:, None]
     out = tl.dot(powers.to(INPUT), v, out, input_precision=PRECISION, out_dtype=NUMBER)
@@ -68,14 +78,11 @@ def factors(q, scale, cap, SOFTCAP: tl.constexpr, NUMBER: tl.constexpr, INPUT: t
 
 
 @triton.jit
-def softmax_of(total, top, out, unit, unit_rest, NUMBER: tl.constexpr):
-    """The quotient and the natural log normaliser; 0 and -inf for a row that saw nothing.
-
-    `unit` and its rest turn `top` into a natural logit.
-    """
+def softmax_of(total, top, out):
+    """The quotient and the natural log normaliser; 0 and -inf for a row that saw nothing."""
     empty = total == 0
     some = tl.where(empty, 1.0, total)
-    lse = top * tl.cast(unit, NUMBER) + (top * tl.cast(unit_rest, NUMBER) + tl.log2(some) * LN2)
+    lse = natural_of(tl.where(empty, 0.0, top), tl.log2(some))
     return out / some[:, None], tl.where(empty, float("-inf"), lse)
 
 
@@ -111,8 +118,6 @@ def forward(
     scale_rest,
     cap,
     cap_rest,
-    unit,
-    unit_rest,
     head_dim,
     value_dim,
     groups,
@@ -218,7 +223,7 @@ def forward(
                     *(MASKED or HOLES, SOFTCAP, PRECISION, NUMBER, INPUT),
                 )
 
-    out, lse = softmax_of(total, top, out, unit, unit_rest, NUMBER)
+    out, lse = softmax_of(total, top, out)
     tl.store(
         OUT + batch * out_batch + (head * out_head + place * out_row)[:, None] + e[None, :],
         out.to(OUT.dtype.element_ty),

@@ -33,11 +33,11 @@ class Cuts(NamedTuple):
 
 
 # Capabilities on which they were measured to be right, and faster than those of `backward`.
-_ON: frozenset[int] = frozenset()
+_ON: frozenset[int] = frozenset({90})
 # By the wider of keys and values.
 _CUTS = {
-    64: Cuts(None, Cut()),
-    128: Cuts(None, Cut()),
+    128: Cuts(Cut(64, 3, True), Cut(64, 3, True)),
+    64: Cuts(None, Cut(128, 2, False)),
 }
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .forward import factors, softmax_of, take_keys
-from .weights import LOG2E, any_of, in_width, logits
+from .weights import any_of, in_width, logits, norm_of
 
 
 @triton.jit
@@ -103,8 +103,6 @@ def forward_selected(
     scale_rest,
     cap,
     cap_rest,
-    unit,
-    unit_rest,
     head_dim,
     value_dim,
     groups,
@@ -169,7 +167,7 @@ def forward_selected(
             *(True, SOFTCAP, PRECISION, NUMBER, INPUT),
         )
 
-    out, lse = softmax_of(total, top, out, unit, unit_rest, NUMBER)
+    out, lse = softmax_of(total, top, out)
     tl.store(
         OUT + batch * out_batch + (head * out_head + place * out_row)[:, None] + e[None, :],
         out.to(OUT.dtype.element_ty),
@@ -278,8 +276,7 @@ def grad_queries_selected(
     if LSE_GRAD:
         delta -= tl.load(GRAD_LSE + lse_at, mask=real, other=0.0).to(NUMBER)
     tl.store(DELTA + lse_at, delta, mask=real)
-    # A row that saw nothing has no powers.
-    lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2E
+    norm = norm_of(lse)
     key_at = K + batch * k_batch + kv_head * k_head
     value_at = V + batch * v_batch + kv_head * v_head
     hole_at = KEY_MASK + batch * mask_batch
@@ -301,7 +298,7 @@ def grad_queries_selected(
         dots = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=NUMBER)
         s, bend = logits(dots, scale, cap, SOFTCAP)
         d_weights = tl.dot(grad, tl.trans(v.to(INPUT)), input_precision=PRECISION, out_dtype=NUMBER)
-        d_dots = tl.exp2(s - lse[:, None]) * (d_weights - delta[:, None]) * bend
+        d_dots = tl.exp2(s - norm[:, None]) * (d_weights - delta[:, None]) * bend
         d_dots = tl.where(seen, d_dots, 0.0)
         dq = tl.dot(d_dots.to(INPUT), k, dq, input_precision=PRECISION, out_dtype=NUMBER)
 
@@ -408,7 +405,7 @@ def grad_keys_selected(
         some = any_of(seen, 0)
         lse = tl.load(LSE + batch * lse_batch + member, mask=some, other=float("-inf"))
         some = some & (lse != float("-inf"))
-        lse = tl.where(some, lse, float("inf")) * LOG2E
+        norm = norm_of(tl.where(some, lse, float("inf")))
         delta = tl.load(DELTA + batch * lse_batch + member, mask=some, other=0.0)
         q_at = batch * q_batch + (head * q_head + query * q_row)[:, None] + d[None, :]
         in_q = in_width(some, d, head_dim, EVEN)
@@ -418,7 +415,7 @@ def grad_keys_selected(
         grad = tl.load(GRAD + grad_at, in_grad, 0.0).to(INPUT)
         dots = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=NUMBER)
         s, bend = logits(dots, scale, cap, SOFTCAP)
-        powers = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
+        powers = tl.where(seen, tl.exp2(s - norm[None, :]), 0.0)
         dv = tl.dot(powers.to(INPUT), grad, dv, input_precision=PRECISION, out_dtype=NUMBER)
         d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION, out_dtype=NUMBER)
         d_dots = tl.where(seen, powers * (d_weights - delta[None, :]) * bend, 0.0)

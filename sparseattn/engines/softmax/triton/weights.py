@@ -10,6 +10,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# By which float32 is short of them.
+LOG2E_REST = tl.constexpr(1.925963033500663e-08)
+LN2_REST = tl.constexpr(-1.904654290582768e-09)
 
 
 @triton.jit
@@ -35,6 +38,26 @@ def logits(dots, scale, cap, SOFTCAP: tl.constexpr):
         t = tanh(s)
         s, slope = t * cap, 1.0 - t * t
     return s, slope
+
+
+@triton.jit
+def norm_of(lse):
+    """The log normaliser in base 2; inf for a row that saw nothing, which then has no powers."""
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    if lse.dtype == tl.float64:
+        return lse * LOG2E
+    else:
+        return lse * LOG2E + lse * LOG2E_REST
+
+
+@triton.jit
+def natural_of(lse, more):
+    """`(lse + more) * ln 2`, with one rounding where lse is the greater: in float32 a sum in base 2
+    would be rounded too."""
+    if lse.dtype == tl.float64:
+        return (lse + more) * LN2
+    else:
+        return lse * LN2 + (lse * LN2_REST + more * LN2)
 
 
 @triton.jit
