@@ -166,16 +166,14 @@ class Slab:
         self.carried.state = states.end
         d_phi = torch.zeros(on.k.shape, dtype=on.number, device=on.k.device)
         on.grad_keys(g, total, middle, d_phi, dv[self.keys], states)
-        into = dk[self.keys]
-        _pull_back(self.phi_k, self.x_k, d_phi, into)
-        if self.call.key_mask is not None:
-            # NaN in a key that is not there times a gradient of 0.
-            into.masked_fill_(~self.call.key_mask[:, None, :, None], 0.0)
+        _pull_back(self.phi_k, self.x_k, d_phi, dk[self.keys])
 
 
 def _pull_back(phi: Tensor, x: Tensor, d_phi: Tensor, d_x: Tensor) -> None:
     if phi.requires_grad:  # else the map does not depend on its input
         d_x.copy_(torch.autograd.grad(phi, x, d_phi.to(phi.dtype))[0])
+        # What nothing sees, or sees nothing, may be NaN, which 0 would not silence.
+        d_x.masked_fill_((d_phi == 0).all(-1, keepdim=True), 0.0)
 
 
 def pieces(
