@@ -46,7 +46,8 @@ def kernels() -> set[str]:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.decorator_list:
                 body = "\n".join(ast.unparse(line) for line in node.body)
-                found |= {node.name} if "tl.program_id" in body else set()
+                asks = "tl.program_id" in body or "jit(" in ast.unparse(node.decorator_list[0])
+                found |= {node.name} if asks else set()
     return found
 
 

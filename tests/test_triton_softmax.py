@@ -24,7 +24,7 @@ def test_outputs_and_gradients_are_the_definition(group: str) -> None:
 def test_conduct() -> None:
     printed = run_python(newest().path, SCRIPT, "conduct", interpret=True, timeout=PATIENCE)
     found = json.loads(printed.splitlines()[-1])
-    assert len(found) == 18
+    assert len(found) == 21
     assert [name for name, holds in found.items() if not holds] == []
 
 
