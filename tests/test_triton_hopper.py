@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper, as it shows without one: what it serves, and compiles to."""
+"""The kernels for Hopper, as they show without one: what they serve, and compile to."""
 
 from __future__ import annotations
 
@@ -44,6 +44,19 @@ def test_it_serves_bands_and_whole_blocks_that_descriptors_hold() -> None:
         "dtype": plain,
         "steps": plain,
         "one row for all": plain,
+    }
+
+
+def test_gradients_of_bands() -> None:
+    ours = ["deltas", "grad_queries_specialised", "grad_keys_specialised"]
+    plain = ["grad_queries", "grad_keys"]
+    assert told("gradients", SPARSEATTN_TRITON_SPECIALISED="") == {
+        "band": ours,
+        "full": ours,
+        "narrow heads": ["grad_queries", "grad_keys_specialised"],  # as the race on an H100 had it
+        "softcap": plain,
+        "lists": plain,
+        "dtype": plain,
     }
 
 

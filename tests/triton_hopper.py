@@ -1,7 +1,8 @@
 """What tests ask of the forward kernel for Hopper in a process that has a triton: one JSON value.
 
-`python triton_hopper.py served` prints which calls would launch it, `keys` how many kernels 50
-calls compile, and `compiled` what each cut of its table compiles to.
+`python triton_hopper.py served` prints which calls would launch it, `gradients` the kernels of
+gradients, `keys` how many kernels 50 calls compile, and `compiled` what each cut of its table
+compiles to.
 """
 
 from __future__ import annotations
@@ -69,6 +70,29 @@ def served() -> dict[str, list[str]]:
     }
 
 
+def gradients() -> dict[str, list[str]]:
+    """The kernels that the gradients of a call launch."""
+
+    def found(width: int, dtype: torch.dtype, spec: Any, **kw: Any) -> list[str]:
+        q, k, v = (torch.zeros(2, 4, 900, width, dtype=dtype).requires_grad_() for _ in range(3))
+
+        def run() -> None:
+            out = sa.attention(q, k, v, spec, causal=True, impl="triton", **kw)
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+        return [launch.kernel.__name__ for launch in launches(run)][1:]
+
+    window = "windowed(window=100)"
+    return {
+        "band": found(128, BF16, window),
+        "full": found(128, torch.float16, "full"),
+        "narrow heads": found(64, BF16, window),
+        "softcap": found(128, BF16, window, softcap=3.0),
+        "lists": found(128, BF16, "windowed(window=100, sinks=4)"),
+        "dtype": found(128, torch.float32, window),
+    }
+
+
 def keys() -> int:
     """How many kernels compile in 50 launches of other lengths, batches and windows."""
     found = set()
@@ -95,4 +119,10 @@ def compiled() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"served": served, "keys": keys, "compiled": compiled}[sys.argv[1]]()))
+    print(
+        json.dumps(
+            {"served": served, "gradients": gradients, "keys": keys, "compiled": compiled}[
+                sys.argv[1]
+            ]()
+        )
+    )

@@ -11,18 +11,12 @@ from torch import Tensor
 from ...call import AttentionCall
 from ...digits import wide
 from ...runs import Run
-from ..triton_launch import halves, launch, target
+from ..triton_launch import halves, launch, rows_of, target
 from .maps import FusedMap
 from .triton_carried import carries, span, walk, walk_back
 
-_halves = lru_cache(maxsize=256)(halves)
 _SCAN_BLOCK, _SCAN_AHEAD = 512, 8
 _OF_SHIFTS = ("EVEN", "PRECISION", "NUMBER", "INPUT", "ROWS", "D", "F", "num_warps", "num_stages")
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x with its last dimension in one piece, as kernels read it."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 class States(NamedTuple):
@@ -134,7 +128,7 @@ class Launcher:
     def numbers(self) -> tuple[float, ...]:
         """Scales of queries and of keys and the turn, each as two halves."""
         own, other = self.maps
-        return (*_halves(own.scale), *_halves(other.scale), *_halves(own.turn or 0.0))
+        return (*halves(own.scale), *halves(other.scale), *halves(own.turn or 0.0))
 
     def _shifts(self, x: Tensor, own: FusedMap) -> Tensor:
         """What exponents are lowered by, `[B, H, n]`."""
@@ -180,7 +174,7 @@ class Launcher:
             *(x, value, length, mean, met, self.plan.runs, spans, self.key_mask, self.logs),
             *(self.projection, shift, *x.stride()[:3], *value.stride()[:3], *strides),
             *(self.key_mask.stride(0), self.width, self.call.value_dim, self.features),
-            *(self.blocks, self.call.groups, self.plan.slots, *_halves(scale), *self.numbers[4:]),
+            *(self.blocks, self.call.groups, self.plan.slots, *halves(scale), *self.numbers[4:]),
             OF_QUERIES=of_queries,
             **self.constants,
         )

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...call import AttentionCall
 from ...digits import wide
-from ..triton_launch import launch, target
-from .launches import constants, numbers, rows_of
+from ..triton_launch import launch, rows_of, target
+from .launches import constants, numbers
 
 MOST_ROWS = 64  # queries times query heads of a group
 MANY_KEYS = 256  # fewer are one part, for which one launch over tiles does

@@ -22,10 +22,11 @@ from ..triton_launch import (
     launch,
     missing,
     reasons_against,
+    rows_of,
     target,
 )
 from . import few_in_triton, selected_in_triton, specialised_backward, specialised_in_triton
-from .launches import constants, numbers, rows_of
+from .launches import constants, numbers
 
 if TYPE_CHECKING:
     from .triton.config import Tiles

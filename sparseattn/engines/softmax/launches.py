@@ -6,17 +6,11 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...call import AttentionCall
 from ..triton_launch import Target, halves
 
 _LOG2E = math.log2(math.e)
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x with its last dimension in one piece, as kernels read it."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def numbers(call: AttentionCall) -> tuple[float, ...]:

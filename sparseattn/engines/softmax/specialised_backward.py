@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...call import AttentionCall
 from ..triton_launch import launch
-from .specialised_in_triton import _MOST_RUNS, _described, _descriptor, _version
+from .specialised_in_triton import descriptor, serves
 
 if TYPE_CHECKING:
     from .in_triton import _Launcher
@@ -20,18 +20,12 @@ _Slices = tuple[slice, slice, slice]
 
 def cuts(shared: _Launcher, grad: Tensor) -> Cuts | None:
     """How the kernels are cut, where they serve this call and are chosen."""
-    from .triton import hopper_backward_config, hopper_config, plan
+    from .triton import hopper_backward_config, plan
 
     call: AttentionCall = shared.call
     widths = (call.head_dim, call.value_dim)
     found = hopper_backward_config.cuts(shared.target, shared.q.dtype, widths)
-    if found is None or _version() not in hopper_config.VERSIONS:
-        return None
-    if shared.holes or call.softcap is not None or call.scale <= 0:
-        return None
-    if len(shared.runs) > _MOST_RUNS:
-        return None
-    if not all(_described(x) for x in (grad, shared.q, shared.k, shared.v)):
+    if found is None or not serves(shared, grad, shared.q, shared.k, shared.v):
         return None
     banded = (plan.band_ends(shared.mechanism, run, call.causal) for run in shared.runs)
     return found if all(ends is not None and ends[0] <= ends[1] for ends in banded) else None
@@ -116,9 +110,9 @@ def grad_queries(
             grad_queries_specialised,
             (many * call.q_heads * q.shape[0],),
             *(lse[piece.rows], delta[piece.rows]),
-            *(_descriptor(x, 64) for x in (g, q)),
-            *(_descriptor(x, tiles.size) for x in (k, v)),
-            _descriptor(d_q, 64),
+            *(descriptor(x, 64) for x in (g, q)),
+            *(descriptor(x, tiles.size) for x in (k, v)),
+            descriptor(d_q, 64),
             *(*lse.stride()[:2], q.shape[2], k.shape[2], piece.low, piece.high),
             *(many, call.q_heads, call.groups, sum(shared.numbers()[:2]), call.scale),
             ROWS=64,
@@ -149,8 +143,8 @@ def grad_keys(
             grad_keys_specialised,
             (many * call.kv_heads * k.shape[0],),
             *(lse[piece.rows], delta[piece.rows]),
-            *(_descriptor(x, tiles.size) for x in (g, q)),
-            *(_descriptor(x, 64) for x in (k, v, d_k, d_v)),
+            *(descriptor(x, tiles.size) for x in (g, q)),
+            *(descriptor(x, 64) for x in (k, v, d_k, d_v)),
             *(*lse.stride()[:2], q.shape[2], k.shape[2], -piece.high, -piece.low),
             *(many, call.kv_heads, call.groups, sum(shared.numbers()[:2]), call.scale),
             ROWS=64,

@@ -37,6 +37,17 @@ def _described(x: Tensor) -> bool:
     )
 
 
+def serves(shared: _Launcher, *tensors: Tensor) -> bool:
+    """Whether the kernels for Hopper serve a call of some tensors, but for its pattern."""
+    from .triton import hopper_config
+
+    call: AttentionCall = shared.call
+    plain = not shared.holes and call.softcap is None and call.scale > 0
+    if not plain or len(shared.runs) > _MOST_RUNS or _version() not in hopper_config.VERSIONS:
+        return False
+    return all(_described(x) for x in tensors)
+
+
 class Chosen(NamedTuple):
     """How a call is launched: the kernel's cut, and a plan for each run whose pattern is a list of
     blocks instead of a band."""
@@ -50,8 +61,6 @@ def tiles(shared: _Launcher) -> Chosen | None:
     from .triton import hopper_config, plan
 
     call: AttentionCall = shared.call
-    if shared.holes or call.softcap is not None or call.scale <= 0:
-        return None
     if len(shared.runs) > _MOST_RUNS:
         return None
     bands = [plan.band_ends(shared.mechanism, run, call.causal) for run in shared.runs]
@@ -60,9 +69,7 @@ def tiles(shared: _Launcher) -> Chosen | None:
     pattern = "lists" if listed else "narrow" if narrow else "wide"
     widths = (call.head_dim, call.value_dim)
     cut = hopper_config.cut(shared.target, shared.q.dtype, widths, pattern)
-    if cut is None or _version() not in hopper_config.VERSIONS:
-        return None
-    if not all(_described(x) for x in (shared.q, shared.k, shared.v)):
+    if cut is None or not serves(shared, shared.q, shared.k, shared.v):
         return None
     if listed:
         size = (2 * cut.rows, cut.keys)
@@ -75,7 +82,7 @@ def tiles(shared: _Launcher) -> Chosen | None:
     return None if empty else Chosen(cut, None)
 
 
-def _descriptor(x: Tensor, size: int) -> Any:
+def descriptor(x: Tensor, size: int) -> Any:
     """Of `[B, H, N, D]`, in blocks of `size` rows."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -142,9 +149,9 @@ def forward(shared: _Launcher, chosen: Chosen, out: Tensor, lse: Tensor) -> None
         launch(
             forward_specialised,
             (part.tiles * call.q_heads * q.shape[0],),
-            *(o, some, _descriptor(q, cut.rows)),
-            *(_descriptor(x, cut.keys) for x in (k, v)),
-            *(_descriptor(o, cut.rows), *tables, *some.stride()[:2]),
+            *(o, some, descriptor(q, cut.rows)),
+            *(descriptor(x, cut.keys) for x in (k, v)),
+            *(descriptor(o, cut.rows), *tables, *some.stride()[:2]),
             *(run.n, k.shape[2], *part.band, part.skipped, part.tiles),
             *(call.q_heads, call.groups, sum(shared.numbers()[:2])),
             LISTS=lists is not None,

@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from ...triton_launch import Target
+from ...triton_launch import Target, padded
 
-MOST_WIDTH = 256  # of a head that a kernel takes, for keys and for values
 MOST_PROJECTED = 128  # of a head that is projected: a tile holds whole rows
 SPAN = 256  # positions whose pairs are weighed one by one
 LONG_SPAN = 1024  # positions that a program carries a state through
@@ -21,29 +20,13 @@ _MOST_FEATURES, _MOST_PROJECTIONS, _MOST_VALUES = 256, 128, 128  # of such a sta
 
 
 class Tiles(NamedTuple):
-    """How kernels are cut: `rows` of a tile, `features` and `values` of a block."""
+    """How kernels are cut: `rows` of a tile or a chunk, `features` and `values` of a block."""
 
     rows: int
     features: int
     values: int
     warps: int
     stages: int
-
-
-class Carry(NamedTuple):
-    """How a kernel is cut that carries a state: `rows` of a chunk, `features` and `values` of a
-    block of it."""
-
-    rows: int
-    features: int
-    values: int
-    warps: int
-    stages: int
-
-
-def padded(width: int) -> int:
-    """The width of a tile that holds rows of `width`: a power of two from 16 on."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 _HALF = Tiles(64, 64, 64, 8, 2)
@@ -80,7 +63,7 @@ def carry(
     values: int,
     projected: bool,
     kernel: str,
-) -> Carry | None:
+) -> Tiles | None:
     """How a kernel is cut that carries a state; None where none does.
 
     Args:
@@ -94,7 +77,7 @@ def carry(
     whole, wide = padded(features), padded(values)
     if kernel in _BY_VALUES:
         rows, warps, stages = _BY_VALUES[kernel]
-        return Carry(rows, whole, min(wide, _HELD // whole), warps, stages)
+        return Tiles(rows, whole, min(wide, _HELD // whole), warps, stages)
     if wide > _MOST_VALUES:
         return None
     block = min(whole, _HELD // wide)
@@ -104,7 +87,7 @@ def carry(
     if (summed and block < whole) or (parts > 1 and uneven):
         return None
     rows, warps, stages = _BY_FEATURES[kernel]
-    return Carry(rows, block, wide, warps, stages)
+    return Tiles(rows, block, wide, warps, stages)
 
 
 def products(dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...triton_launch import Target
+from ...triton_launch import Target, padded
 
 
 class Tiles(NamedTuple):
@@ -22,11 +22,6 @@ class Tiles(NamedTuple):
     keys: int
     warps: int
     stages: int
-
-
-def padded(width: int) -> int:
-    """The width of a tile that holds heads of `width`: a power of two from 16 on."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 _Table = dict[int, Tiles]  # by the padded width of the wider of keys and values
@@ -124,7 +119,8 @@ def decode_tiles(target: Target, dtype: torch.dtype, width: int, rows: int) -> T
 def precision(target: Target, dtype: torch.dtype) -> str:
     """How products of float32 are made: through tensor cores in parts, or as IEEE has it.
 
-    Six products of bfloat16 take as long as three of tf32, and keep all 24 digits: with tf32
-    gradients were up to 1.5 times their budget on an H100, with bfloat16 all within 0.95.
+    Six products of bfloat16 take as long as three of tf32, and keep all 24 digits: on an H100 no
+    gradient of 40 calls was over its budget so, and 13 with tf32
+    (benchmarks/results/gpu_float32.json).
     """
     return "bf16x6" if dtype == torch.float32 and target.backend == "cuda" else "ieee"

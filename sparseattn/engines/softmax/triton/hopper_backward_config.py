@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 
 from ...triton_launch import Target
-from .hopper_config import WIDTHS
+from .hopper_config import chosen
 
 
 class Cut(NamedTuple):
@@ -42,18 +41,9 @@ _CUTS = {
 
 
 def cuts(target: Target, dtype: torch.dtype, widths: tuple[int, int]) -> Cuts | None:
-    """The cuts where the kernels serve and are chosen, by `SPARSEATTN_TRITON_SPECIALISED` as the
-    forward is.
+    """The cuts where the kernels serve and are chosen.
 
     Args:
         widths: of a key and of a value.
     """
-    asked = os.environ.get("SPARSEATTN_TRITON_SPECIALISED", "")
-    serves = target.backend == "cuda" and target.arch == 90
-    if not serves or not (asked == "1" or (asked != "0" and target.arch in _ON)):
-        return None
-    if dtype not in (torch.float16, torch.bfloat16):
-        return None
-    if any(width not in WIDTHS for width in widths):
-        return None
-    return _CUTS[max(widths)]
+    return _CUTS[max(widths)] if chosen(target, dtype, widths, _ON) else None

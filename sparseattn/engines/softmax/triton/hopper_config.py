@@ -42,21 +42,20 @@ _CUTS = {
 }
 
 
+def chosen(target: Target, dtype: torch.dtype, widths: tuple[int, int], on: frozenset[int]) -> bool:
+    """Whether a kernel for Hopper serves, and is chosen: `SPARSEATTN_TRITON_SPECIALISED=1` chooses
+    it wherever it serves, 0 nowhere, and else it is on the capabilities `on`."""
+    asked = os.environ.get("SPARSEATTN_TRITON_SPECIALISED", "")
+    if target != Target("cuda", 90) or not (asked == "1" or (asked != "0" and target.arch in on)):
+        return False
+    return dtype in (torch.float16, torch.bfloat16) and all(x in WIDTHS for x in widths)
+
+
 def cut(target: Target, dtype: torch.dtype, widths: tuple[int, int], pattern: str) -> Cut | None:
     """The cut where the kernel serves and is chosen.
 
     Args:
         widths: of a key and of a value.
         pattern: "narrow", "wide" or "lists".
-
-    `SPARSEATTN_TRITON_SPECIALISED=1` chooses it wherever it serves, and 0 nowhere.
     """
-    asked = os.environ.get("SPARSEATTN_TRITON_SPECIALISED", "")
-    serves = target.backend == "cuda" and target.arch == 90
-    if not serves or not (asked == "1" or (asked != "0" and target.arch in _ON)):
-        return None
-    if dtype not in (torch.float16, torch.bfloat16):
-        return None
-    if any(width not in WIDTHS for width in widths):
-        return None
-    return _CUTS[max(widths), pattern]
+    return _CUTS[max(widths), pattern] if chosen(target, dtype, widths, _ON) else None
