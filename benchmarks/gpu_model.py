@@ -22,7 +22,8 @@ import torch
 
 import sparseattn as sa
 from sparseattn.engines.linear.triton import config as linear_config
-from sparseattn.engines.softmax.triton import config, plan
+from sparseattn.engines.softmax import plan
+from sparseattn.engines.softmax.triton import config
 from sparseattn.engines.triton_launch import Target
 from sparseattn.harness import manifest, store
 from sparseattn.runs import cut
@@ -146,7 +147,7 @@ def softmax_rows(
     """The kernels of a call of bfloat16 on a whole plan."""
     heads = call.batch * call.q_heads
     for kernel in kernels:
-        narrow = plan.narrow(mechanism, cut(call)[0], call.causal)
+        narrow = plan.narrow(mechanism, cut(call)[0], call.causal, config.NARROW)
         tiles = config.tiles(H100, torch.bfloat16, call.head_dim, kernel, narrow)
         pack = call.groups if call.groups in (1, 2, 4, 8, 16) else 1
         pairs = count(mechanism, call, tiles.rows // pack, tiles.keys)

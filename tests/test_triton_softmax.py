@@ -30,7 +30,7 @@ def test_conduct() -> None:
 
 PLANTS = {
     "the right edge is one key late": (
-        "triton/plan.py",
+        "plan.py",
         "high = far if found[1] is None else min(max(run.offset + found[1], -far), far)",
         "high = far if found[1] is None else min(max(run.offset + found[1] + 1, -far), far)",
         {"out", "lse"},
@@ -60,7 +60,7 @@ PLANTS = {
         {"dk", "dv"},
     ),
     "a list lacks its last entry": (
-        "triton/plan.py",
+        "plan.py",
         "(found.indptr[:-1], found.partial, found.indptr[1:])",
         "(found.indptr[:-1], found.partial, found.indptr[1:] - 1)",
         {"out"},

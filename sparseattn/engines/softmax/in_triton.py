@@ -25,7 +25,7 @@ from ..triton_launch import (
     rows_of,
     target,
 )
-from . import few_in_triton, selected_in_triton, specialised_backward, specialised_in_triton
+from . import few_in_triton, plan, selected_in_triton, specialised_backward, specialised_in_triton
 from .launches import constants, numbers
 
 if TYPE_CHECKING:
@@ -87,16 +87,14 @@ class _Launcher:
         }
 
     def tiles(self, kernel: str) -> Tiles:
-        from .triton import config, plan
+        from .triton import config
 
         width = max(self.call.head_dim, self.call.value_dim)
         causal = self.call.causal
-        narrow = any(plan.narrow(self.mechanism, run, causal) for run in self.runs)
+        narrow = any(plan.narrow(self.mechanism, run, causal, config.NARROW) for run in self.runs)
         return config.tiles(self.target, self.q.dtype, width, kernel, narrow)
 
     def plan(self, tiles: Tiles, transposed: bool = False) -> Any:
-        from .triton import plan
-
         queries = tiles.rows if transposed else tiles.rows // self.pack
         return plan.make(self.mechanism, self.call, self.runs, queries, tiles.keys, transposed)
 
@@ -135,8 +133,6 @@ class _Launcher:
 
     def few(self) -> tuple[Tensor, Tensor]:
         """Few queries over many keys: cut along the keys, without a table."""
-        from .triton import plan
-
         run = self.runs[0]
         keys = (slice(None), slice(None), run.keys)
         call = run.subcall(self.call)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...call import AttentionCall
 from ..triton_launch import launch
+from . import plan
 from .specialised_in_triton import descriptor, serves
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ _Slices = tuple[slice, slice, slice]
 
 def cuts(shared: _Launcher, grad: Tensor) -> Cuts | None:
     """How the kernels are cut, where they serve this call and are chosen."""
-    from .triton import hopper_backward_config, plan
+    from .triton import hopper_backward_config
 
     call: AttentionCall = shared.call
     widths = (call.head_dim, call.value_dim)
@@ -51,8 +52,6 @@ class _Piece(NamedTuple):
 
 
 def _pieces(shared: _Launcher) -> Iterator[_Piece]:
-    from .triton import plan
-
     for run in shared.runs:
         ends = plan.band_ends(shared.mechanism, run, shared.call.causal)
         assert ends is not None

@@ -12,11 +12,11 @@ from torch import Tensor
 from ...call import AttentionCall
 from ...runs import Run
 from ..triton_launch import launch
+from . import plan
 
 if TYPE_CHECKING:
     from .in_triton import _Launcher
     from .triton.hopper_config import Cut
-    from .triton.plan import Plan
 
 _MOST_RUNS = 8  # each is a launch
 
@@ -53,18 +53,20 @@ class Chosen(NamedTuple):
     blocks instead of a band."""
 
     cut: Cut
-    lists: list[Plan] | None
+    lists: list[plan.Plan] | None
 
 
 def tiles(shared: _Launcher) -> Chosen | None:
     """How the kernel is launched, where it serves this call and is chosen."""
-    from .triton import hopper_config, plan
+    from .triton import config, hopper_config
 
     call: AttentionCall = shared.call
     if len(shared.runs) > _MOST_RUNS:
         return None
     bands = [plan.band_ends(shared.mechanism, run, call.causal) for run in shared.runs]
-    narrow = any(plan.narrow(shared.mechanism, run, call.causal) for run in shared.runs)
+    narrow = any(
+        plan.narrow(shared.mechanism, run, call.causal, config.NARROW) for run in shared.runs
+    )
     listed = None in bands
     pattern = "lists" if listed else "narrow" if narrow else "wide"
     widths = (call.head_dim, call.value_dim)
@@ -122,7 +124,6 @@ def _part(ends: tuple[int, int], run: Run, size: int) -> _Part | None:
 
 def forward(shared: _Launcher, chosen: Chosen, out: Tensor, lse: Tensor) -> None:
     """Fill out and lse."""
-    from .triton import plan
     from .triton.hopper import forward_specialised
 
     call: AttentionCall = shared.call

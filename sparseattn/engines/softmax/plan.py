@@ -16,12 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ....call import AttentionCall
-from ....layout import Grid
-from ....runs import Run
-from ...held import Held
-from ..looks import FULL, look_at
-from . import config
+from ...call import AttentionCall
+from ...layout import Grid
+from ...runs import Run
+from ..held import Held
+from .looks import FULL, look_at
 
 _HELD_BYTES = 128 * 2**20
 
@@ -92,13 +91,14 @@ def band_ends(mechanism: Any, run: Run, causal: bool) -> tuple[int, int] | None:
     return low, high
 
 
-def narrow(mechanism: Any, run: Run, causal: bool) -> bool:
-    """Whether a row sees few keys, however long its run: a short band, or chosen blocks."""
+def narrow(mechanism: Any, run: Run, causal: bool, most: int) -> bool:
+    """Whether a row sees few keys, however long its run: a band of fewer than `most`, or chosen
+    blocks."""
     found = band(mechanism, run.n, run.m, causal, run.offset)
     if found is None:
         return True
     first, second = found
-    return first is not None and second is not None and first + second < config.NARROW
+    return first is not None and second is not None and first + second < most
 
 
 def pack_bits(masks: Tensor) -> NDArray[np.int32]:
