@@ -43,6 +43,7 @@ struct Tile {
 constexpr int ROWS = 32;        // queries in a tile: its lanes
 constexpr int VECTORS = ROWS / LANES;
 constexpr int KEYS = 64;        // keys in a block
+constexpr int MOST_WIDTH = 256;  // of a head
 constexpr int WORDS = KEYS / 32;  // of a row of a mask
 
 static_assert(ROWS % (MOST_VECTORS * LANES) == 0, "a tile is whole panels");

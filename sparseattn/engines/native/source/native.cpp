@@ -1,6 +1,6 @@
 // The C++ kernels of both engines: what Python calls. Every entry takes one block of 64-bit numbers
 // (pointers, strides and sizes as integers, then float64), whose order the launchers share.
-#include "softmax_forward.h"
+#include "softmax_backward.h"
 
 using namespace sparseattn;
 
@@ -40,6 +40,17 @@ int64_t sparseattn_softmax_forward(const Call* call) {
         softmax_forward<bf16, InPairs>(*call);
 #else
         softmax_forward<bf16, InFloats>(*call);
+#endif
+    });
+}
+
+int64_t sparseattn_softmax_backward(const Call* call) {
+    return guarded([&] {
+        if (!call->half) return softmax_backward<float, InFloats>(*call);
+#if defined(SPARSEATTN_PAIRED)
+        softmax_backward<bf16, InPairs>(*call);
+#else
+        softmax_backward<bf16, InFloats>(*call);
 #endif
     });
 }

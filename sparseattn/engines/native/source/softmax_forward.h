@@ -91,13 +91,15 @@ class Sources {
 struct Units {
     float turn;    // times queries
     float unit;    // times logits, or their tanh: base 2
+    float rest;    // of the scale, in the gradients of keys
     float before;  // times logits, before the tanh of a softcap; 0 without one
     Units(const Call& call, bool rounded) {
         const double size = call.scale < 0 ? -call.scale : call.scale == 0 ? 1.0 : call.scale;
-        const double rest = rounded ? size : 1.0;
+        const double left = rounded ? size : 1.0;
+        rest = float(left);
         turn = float(rounded ? (call.scale > 0) - (call.scale < 0) : call.scale);
-        before = call.softcap > 0 ? float(rest / call.softcap) : 0.0f;
-        unit = float((call.softcap > 0 ? call.softcap : rest) / LN2);
+        before = call.softcap > 0 ? float(left / call.softcap) : 0.0f;
+        unit = float((call.softcap > 0 ? call.softcap : left) / LN2);
     }
 };
 
