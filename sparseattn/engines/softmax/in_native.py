@@ -15,15 +15,19 @@ from torch import Tensor
 from ...call import AttentionCall
 from ...runs import Run, cut
 from ..native import library
-from ..op import KERNELS
+from ..op import FEW_PAIRS, KERNELS
 from . import plan
 
 MOST_WIDTH = 256  # of a head, for keys and for values
 MOST_TOKENS = 2**29  # sums of positions stay within int32
 ROWS, KEYS = 32, 64  # queries in a tile, keys in a block: ROWS and KEYS of source/call.h
-# `Call` of source/call.h: eight tensors of four numbers, 21 more, and two float64.
-_BLOCK = struct.Struct("=53q2d")
+# `Call` of source/call.h: eight tensors of four numbers, 22 more, and two float64.
+_BLOCK = struct.Struct("=54q2d")
 _NONE = (0, 0, 0, 0)
+# Of so few queries a tile would be mostly empty: rows are served one by one.
+_FEW_QUERIES = 8
+# A backward of fewer pairs is computed by torch, in float64: see `op.FEW_PAIRS`.
+_FEW_PAIRS_BACKWARD = 2**15
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -80,9 +84,14 @@ class _Launcher:
             *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))),
             *(len(made.tiles), self.batch, call.batch, call.q_heads, call.kv_heads, call.n, call.m),
             *(call.head_dim, call.value_dim),
-            *(made.band, self.q.dtype == torch.bfloat16, torch.get_num_threads()),
+            *(made.band, self.q.dtype == torch.bfloat16, self.exact(), torch.get_num_threads()),
             *(call.scale, call.softcap or 0.0),
         )
+
+    def exact(self) -> bool:
+        """Whether so few pairs are computed that the rounding of single numbers would show."""
+        call = self.call
+        return self.q.dtype == torch.float32 and call.q_heads * call.n * call.m < FEW_PAIRS
 
     def plan(self) -> plan.Plan:
         return plan.make(self.mechanism, self.call, self.runs, ROWS, KEYS)
@@ -97,7 +106,9 @@ class _Launcher:
             lse.fill_(-torch.inf)
         if self.runs and call.q_heads:
             made = self.plan()  # its tables must outlive the call
-            library.call("sparseattn_softmax_forward", self.block(made, out, lse))
+            few = call.n <= _FEW_QUERIES or self.exact()
+            kernel = "sparseattn_softmax_rows" if few else "sparseattn_softmax_forward"
+            library.call(kernel, self.block(made, out, lse))
         return out, lse
 
     def backward(

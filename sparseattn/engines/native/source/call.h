@@ -26,7 +26,7 @@ struct Call {
     int64_t key_mask, key_mask_row;               // bytes [B, M] where keys have holes, or 0
     int64_t tile_count, batch, rows;              // batch: of each tile; rows: of the tensors
     int64_t q_heads, kv_heads, n, m, head_dim, value_dim;
-    int64_t band, half, threads;
+    int64_t band, half, exact, threads;           // half: bfloat16; exact: rows in float64
     double scale, softcap;                        // softcap 0: none
 
     int64_t groups() const { return q_heads / kv_heads; }

@@ -1,6 +1,7 @@
 // The C++ kernels of both engines: what Python calls. Every entry takes one block of 64-bit numbers
 // (pointers, strides and sizes as integers, then float64), whose order the launchers share.
 #include "softmax_backward.h"
+#include "softmax_rows.h"
 
 using namespace sparseattn;
 
@@ -41,6 +42,13 @@ int64_t sparseattn_softmax_forward(const Call* call) {
 #else
         softmax_forward<bf16, InFloats>(*call);
 #endif
+    });
+}
+
+int64_t sparseattn_softmax_rows(const Call* call) {
+    return guarded([&] {
+        if (call->half) return softmax_rows<bf16, Single>(*call);
+        call->exact ? softmax_rows<float, Double>(*call) : softmax_rows<float, Single>(*call);
     });
 }
 
