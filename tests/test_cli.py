@@ -273,7 +273,7 @@ def test_save_without_pillow_says_what_to_install(tmp_path, monkeypatch):
 def test_doctor_has_plugins_devices_compilers_and_versions():
     records = run_json("doctor")
     kinds = {r["kind"] for r in records}
-    assert kinds == {"plugin", "device", "compiler", "version"}
+    assert kinds == {"plugin", "device", "compiler", "native", "version"}
     assert all({"name", "status", "reason", "distribution", "version"} <= set(r) for r in records)
     by_name = {(r["kind"], r["name"]): r for r in records}
     assert by_name["plugin", "windowed"]["status"] == "loaded"

@@ -87,6 +87,17 @@ def _compilers() -> list[dict[str, Any]]:
     return rows
 
 
+def _native() -> list[dict[str, Any]]:
+    """The C++ kernels of the CPU; built now if they were not yet, to know whether they can be."""
+    from ..engines.native import cpu, library
+
+    reasons = library.missing()
+    if reasons:
+        return [_row("native", cpu.asked(), "absent", reasons[0])]
+    loaded = library.load()
+    return [_row("native", cpu.asked(), "ok", str(loaded.path), version=loaded.recipe.version)]
+
+
 def _versions() -> list[dict[str, Any]]:
     rows = [_row("version", "python", "ok", version=platform.python_version())]
     for name, purpose in _PACKAGES.items():
@@ -100,13 +111,14 @@ def _versions() -> list[dict[str, Any]]:
 
 
 def doctor(json: JsonPath = None) -> None:
-    """Every plugin found, loaded, blocked or broken, with the reason; devices, compilers, versions.
+    """Every plugin found, loaded, blocked or broken, with the reason; devices, compilers, versions;
+    where the C++ kernels are, or why there are none.
 
     Exits with 1 if a plugin is broken.
     """
     output.check_json(json)
     plugins = _plugins()
-    rows = [*plugins, *_devices(), *_compilers(), *_versions()]
+    rows = [*plugins, *_devices(), *_compilers(), *_native(), *_versions()]
     output.write_json(json, rows)
     if json != output.STDOUT:
         table(

@@ -1,86 +1,161 @@
-"""How the C++ kernels are built: the compiler, the flags, and the cache that holds the result."""
+"""How the C++ kernels are built: the compiler, the flags, and the name of the result.
+
+Every flag leaves the values alone that the source asks for: no `-ffast-math`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import platform
+import shlex
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
+from typing import NamedTuple
+
+from . import BuildError, cache, cpu
 
 SOURCE = Path(__file__).with_name("source")
-_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-Wno-psabi")
-_ISA = {"avx512": "-march=x86-64-v4", "avx2": "-march=x86-64-v3", "neon": "-march=armv8-a"}
+_FLAGS = (
+    *("-std=c++17", "-shared", "-fPIC", "-pthread", "-Wno-psabi"),
+    # Nobody reads errno, and a product and a sum are one rounding wherever the CPU has it so.
+    *("-fno-math-errno", "-ffp-contract=fast"),
+)
+# Else what is static in a template is one for all libraries of a process, and none can be closed.
+_GCC_FLAGS = ("-fno-gnu-unique",)
+_FAST = ("-O3",)
+_SANITIZED = (
+    *("-O1", "-g", "-fno-omit-frame-pointer"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+)
+_COMPILERS = ("c++", "g++", "clang++")
+_LIMIT = 600.0  # seconds that compiling may take
 
 
-class BuildError(Exception):
-    """No library can be built or loaded on this machine; the message says why."""
+class Recipe(NamedTuple):
+    """All that decides what is built."""
+
+    compiler: tuple[str, ...]  # the program's path, and words that $CXX has behind it
+    version: str  # the first line of what it says of itself
+    flags: tuple[str, ...]
+    source: Path  # the folder that holds native.cpp
+    name: str  # of the entry in the cache
 
 
-def compiler() -> str | None:
-    """The C++ compiler's path; None where there is none."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((found for name in names if (found := shutil.which(name))), None)
+def sanitizing() -> bool:
+    """Whether the kernels are built with sanitizers: `SPARSEATTN_NATIVE_SANITIZE=1`."""
+    return os.environ.get("SPARSEATTN_NATIVE_SANITIZE", "") not in ("", "0")
 
 
-def flags() -> tuple[str, ...]:
-    """What the compiler is told."""
-    isa = os.environ.get("SPARSEATTN_NATIVE_ISA", "")
-    if isa and isa not in _ISA:
-        raise BuildError(f"SPARSEATTN_NATIVE_ISA={isa!r:.40}: expected one of {', '.join(_ISA)}")
-    return (*_FLAGS, _ISA[isa] if isa else "-march=native")
+def compiler() -> tuple[str, ...]:
+    """The command of the C++ compiler: `$CXX`, or the first that is on PATH.
+
+    Raises:
+        BuildError: there is none.
+    """
+    given = os.environ.get("CXX", "").strip()
+    if given:
+        try:
+            program, *words = shlex.split(given)
+        except ValueError as error:
+            raise BuildError(f"CXX={given!r:.80}: {error}") from None
+        found = shutil.which(program)
+        if found is None:
+            raise BuildError(f"no C++ compiler: CXX={given!r:.80} is not found")
+        return (found, *words)
+    for program in _COMPILERS:
+        found = shutil.which(program)
+        if found is not None:
+            return (found,)  # not what a link leads to: clang++ and ccache go by their names
+    raise BuildError(f"no C++ compiler: none of {', '.join(_COMPILERS)} is on PATH")
 
 
-def directory() -> Path:
-    """Where built libraries are kept, which only this user may write."""
-    given = os.environ.get("SPARSEATTN_NATIVE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(given) if given else Path(base) / "sparseattn"
+def _run(words: tuple[str, ...], limit: float) -> subprocess.CompletedProcess[str]:
+    # Messages in English, and no sanitizer in the compiler itself.
+    hidden = ("LD_PRELOAD",) if sanitizing() else ()
+    clean = {name: value for name, value in os.environ.items() if name not in hidden}
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        held = path.lstat()
+        return subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=limit,
+            env={**clean, "LC_ALL": "C"},
+        )
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{words[0]} took more than {limit:.0f} s") from None
     except OSError as error:
-        raise BuildError(f"the cache directory {path} cannot be made: {error}") from error
-    if held.st_uid != os.getuid() or held.st_mode & 0o022:
-        raise BuildError(f"others can write to the cache directory {path}: chmod 700 it")
+        raise BuildError(f"{words[0]} does not run: {error.strerror or error}") from None
+
+
+def recipe(source: Path = SOURCE) -> Recipe:
+    """What would be built now, by the environment and the machine.
+
+    Raises:
+        BuildError: nothing can be.
+    """
+    target = cpu.flags()
+    command = compiler()
+    said = _run((*command, "--version"), 60)
+    if said.returncode:
+        raise BuildError(f"{command[0]} is no C++ compiler: --version exits {said.returncode}")
+    version = said.stdout
+    gcc = _GCC_FLAGS if "Free Software Foundation" in version else ()
+    flags = (*_FLAGS, *gcc, *(_SANITIZED if sanitizing() else _FAST), *target)
+    digest = hashlib.sha256()
+    parts = [*command, os.path.realpath(command[0]), version, *flags, cpu.describe()]
+    try:
+        files = sorted(path for path in source.iterdir() if path.suffix in (".h", ".cpp"))
+        for part in [*(part.encode() for part in parts), *(x for p in files for x in _file(p))]:
+            digest.update(f"{len(part)}:".encode() + part)
+    except OSError as error:
+        raise BuildError(f"the C++ source cannot be read: {error}") from None
+    line = (version.splitlines() or [""])[0]
+    return Recipe(command, line, flags, source, f"native-{digest.hexdigest()[:32]}.so")
+
+
+def _file(path: Path) -> tuple[bytes, bytes]:
+    return path.name.encode(), path.read_bytes()
+
+
+def _complaint(text: str) -> str:
+    """The first error of what a compiler prints."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    found = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+    return found if len(found) <= 200 else found[:196] + " ..."
+
+
+def _compile(made: Recipe, path: Path) -> None:
+    """Compile, seal, and publish in one step: whoever looks sees a whole file or none."""
+    with cache.work(path.parent) as work:
+        result = work / path.name
+        done = _run(
+            (*made.compiler, *made.flags, str(made.source / "native.cpp"), "-o", str(result)),
+            _LIMIT,
+        )
+        if done.returncode or not result.exists():
+            raise BuildError(f"{made.compiler[0]} failed: {_complaint(done.stderr)}")
+        try:
+            cache.seal(result)
+            os.replace(result, path)
+        except OSError as error:
+            raise BuildError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def built(made: Recipe, again: bool = False) -> Path:
+    """The library of a recipe: the cache's, or where that has no whole one, built now.
+
+    Args:
+        again: build it even if the cache has one.
+
+    Raises:
+        BuildError: it cannot be built, or the cache is not safe.
+    """
+    path = cache.folder() / made.name
+    if again or not cache.intact(path):
+        with cache.turn(path.parent):
+            if again or not cache.intact(path):  # another process may have built it meanwhile
+                _compile(made, path)
     return path
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    keep = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({x for x in lines if x.startswith(keep)}))
-
-
-def built() -> Path:
-    """The library, built now unless the cache has it."""
-    program = compiler()
-    if program is None:
-        raise BuildError("no C++ compiler was found: install g++ or clang++, or set CXX")
-    chosen = flags()
-    version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
-    parts = [program, version, *chosen, _cpu()]
-    for file in sorted(SOURCE.iterdir()):
-        parts += [file.name, file.read_text()]
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    place = directory() / f"native-{name}.so"
-    if place.exists():
-        return place
-    handle, made = tempfile.mkstemp(suffix=".so", dir=place.parent)
-    os.close(handle)
-    try:
-        command = [program, *chosen, "-o", made, str(SOURCE / "native.cpp"), "-lpthread"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise BuildError(f"{program} failed: {done.stderr.strip()[:300]}")
-        os.chmod(made, 0o500)
-        os.replace(made, place)
-    finally:
-        if os.path.exists(made):
-            os.unlink(made)
-    return place
