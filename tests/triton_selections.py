@@ -34,24 +34,28 @@ def qkv(
 
 
 def verdicts(
-    mechanism: sa.Mechanism | str, x: list[Tensor], digits: bool = False, **kw: Any
+    mechanism: sa.Mechanism | str,
+    x: list[Tensor],
+    digits: bool = False,
+    impl: str = "triton",
+    **kw: Any,
 ) -> Iterator[tuple[str, float, float]]:
     """The error and the budget of out, lse and each gradient; with sink logits that of theirs too.
 
     Args:
         digits: as the operator has it, float32 in float64 where pairs are few.
     """
-    before = op.FEW_PAIRS, op._FEW_PAIRS_BACKWARD
+    before = dict(op.FEW)
     if not digits:
-        op.FEW_PAIRS = op._FEW_PAIRS_BACKWARD = 0
+        op.FEW.clear()
     made = sa.mechanism(mechanism) if isinstance(mechanism, str) else mechanism
-    out, lse = sa.attention(*x, made, impl="triton", return_lse=True, **kw)
+    out, lse = sa.attention(*x, made, impl=impl, return_lse=True, **kw)
     g = torch.Generator().manual_seed(5)
     seeds = tuple(torch.randn(y.shape, generator=g).to(y.dtype) for y in (out, lse))
     slopes = seeds[1].masked_fill(lse == -torch.inf, 0.0)
     given = [*x, *(kw[word] for word in ("sink_logits",) if word in kw)]
     grads = torch.autograd.grad([out, lse], given, [seeds[0], slopes])
-    op.FEW_PAIRS, op._FEW_PAIRS_BACKWARD = before
+    op.FEW.update(before)
     budgets = Budgets(made, *x, AttentionCall.make(*x, needs_lse=True, **kw), seeds)
     found = (budgets.out(out), budgets.lse(lse), *budgets.grads(grads, nearby=True))
     for word, one in zip(("out", "lse", "dq", "dk", "dv", "dsink"), found, strict=False):

@@ -58,12 +58,13 @@ _CALL = (
     "float? softcap, str kernel"
 )
 _BIAS, _SINK, _TENSORS = 4, 5, 7
-# With fewer pairs of a query and a key than this, the torch kernels compute with twice the digits:
-# the rounding of single numbers shows in the greatest error of a small result, and costs next to
+# With fewer pairs of a query and a key than this, kernels compute with twice the digits: the
+# rounding of single numbers shows in the greatest error of a small result, and costs next to
 # nothing to avoid. Forward, the pairs of one row of the batch count, so that a row gives the same
-# bits in any batch; backward, those of the whole batch.
+# bits in any batch; backward, those of the whole batch. The native kernels do so by themselves
+# forward, and are fast enough backward to be worth having from fewer pairs on.
 FEW_PAIRS = 2**12
-_FEW_PAIRS_BACKWARD = 2**19
+FEW = {"torch": (FEW_PAIRS, 2**19), "triton": (FEW_PAIRS, 2**19), "native": (0, 2**15)}
 _LIB = torch.library.Library("sparseattn", "DEF")
 _LIB.define(f"attend(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)")
 _LIB.define(
@@ -118,11 +119,10 @@ def _rebuild(
     return call if selection is not None else mechanism.with_selection(q, k, call)
 
 
-def _digits(kernel: str, call: AttentionCall, rows: int, few: int) -> torch.dtype:
+def _digits(kernel: str, call: AttentionCall, rows: int, backward: bool) -> torch.dtype:
     """The dtype to compute a call in: a wider one where `rows` of its batch have few pairs."""
-    if not kernel.endswith((":torch", ":triton")) or rows * call.q_heads * call.n * call.m >= few:
-        return call.dtype
-    return doubled(call.dtype)
+    few = FEW.get(kernel.split(":")[1], (0, 0))[backward]
+    return doubled(call.dtype) if rows * call.q_heads * call.n * call.m < few else call.dtype
 
 
 def sinking(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +169,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
     mechanism, kernel = intern.resolve(args[-5]), args[-1]
     with without_autocast(q.device.type):
         call = _rebuild(mechanism, q, k, v, args)
-        dtype = _digits(kernel, call, 1, FEW_PAIRS)
+        dtype = _digits(kernel, call, 1, False)
         inputs = (q, k, v) if dtype == q.dtype else (q.to(dtype), k.to(dtype), v.to(dtype))
         out, lse = _run(mechanism, kernel, *inputs, call.to_dtype(dtype), args[_SINK])
     if lse is None:
@@ -197,7 +197,7 @@ def _backward(
     with without_autocast(q.device.type):
         call = _rebuild(mechanism, q, k, v, args)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        dtype = _digits(kernel, call, call.batch, _FEW_PAIRS_BACKWARD)
+        dtype = _digits(kernel, call, call.batch, True)
         inputs = (q, k, v)
         if dtype != q.dtype:
             inputs = (q.to(dtype), k.to(dtype), v.to(dtype))

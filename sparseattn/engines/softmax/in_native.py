@@ -26,8 +26,6 @@ _BLOCK = struct.Struct("=54q2d")
 _NONE = (0, 0, 0, 0)
 # Of so few queries a tile would be mostly empty: rows are served one by one.
 _FEW_QUERIES = 8
-# A backward of fewer pairs is computed by torch, in float64: see `op.FEW_PAIRS`.
-_FEW_PAIRS_BACKWARD = 2**15
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -150,6 +148,8 @@ class NativeKernel:
     def forward(
         self, mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> tuple[Tensor, Tensor]:
+        if q.dtype == torch.float64:  # few pairs of a backward: see `op`
+            return KERNELS["softmax:torch"].forward(mechanism, q, k, v, call)  # type: ignore[return-value]
         if call.value_dim == 0:
             # Nothing to weigh, but lse is still defined: lend the values a column of zeros.
             padded = v.new_zeros(*v.shape[:3], 1)
@@ -168,7 +168,10 @@ class NativeKernel:
         out: Tensor,
         lse: Tensor,
         call: AttentionCall,
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if q.dtype == torch.float64:
+            given = (grad_out, grad_lse, q, k, v, out, lse)
+            return KERNELS["softmax:torch"].backward(mechanism, *given, call)
         if call.value_dim == 0:
             grad_out, v, out = (x.new_zeros(*x.shape[:3], 1) for x in (grad_out, v, out))
             call = call.replace(value_dim=1)

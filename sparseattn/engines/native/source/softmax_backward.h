@@ -22,7 +22,7 @@ constexpr int64_t LEAST_STRETCHES = 32;  // of a piece: less is not worth sums o
 // The tiles of every run in order, cut into pieces of about as much work.
 class Pieces {
    public:
-    explicit Pieces(const Call& call) : order_(size_t(call.tile_count)) {
+    Pieces(const Call& call, bool paired) : order_(size_t(call.tile_count)) {
         for (int64_t t = 0; t < call.tile_count; ++t) order_[size_t(t)] = t;
         std::sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) {
             const Tile &x = tile_of(call, a), &y = tile_of(call, b);
@@ -32,7 +32,7 @@ class Pieces {
         int64_t all = 0;
         for (size_t t = 0; t < order_.size(); ++t) {
             low[t] = std::numeric_limits<int64_t>::max();
-            for_stretches(call, tile(call, int64_t(t)), true, [&](const Stretch& here) {
+            for_stretches(call, tile(call, int64_t(t)), paired, [&](const Stretch& here) {
                 ++work[t];
                 low[t] = std::min(low[t], here.start);
                 high[t] = std::max(high[t], here.start + here.count);
@@ -163,7 +163,7 @@ class BackwardTask {
         std::memset(g_rows_, 0, size_t(wide_v_ * ROWS * 4));
         std::memset(dq_, 0, size_t(d * ROWS * 4));
         for (int64_t r = 0; r < ROWS; ++r) {
-            base_[r] = 0.0f;
+            base_[r] = INF;  // no weights: a row past the last query may see keys by its place
             delta_[r] = 0.0f;
             if (r >= rows || lse[r] == -INF) continue;
             base_[r] = float(double(lse[r]) / LN2);
@@ -196,7 +196,7 @@ class BackwardTask {
                 const vf p = exp2v<!Mode::PAIRED>(x * units_.unit - base);
                 vf s = p * (load(slopes_ + j * ROWS + r) - delta);
                 if (units_.before) s *= 1.0f - x * x;
-                s = x == -INF ? splat(0.0f) : s;  // whatever the hidden value's slope was
+                s = (x == -INF) | (base == INF) ? splat(0.0f) : s;  // whatever a hidden value's slope was
                 store(logits_ + j * ROWS + r, p);
                 store(slopes_ + j * ROWS + r, s);
             }
@@ -221,11 +221,7 @@ class BackwardTask {
     // stay 0, and a row that sees such a key has NaN for slope.
     Factor cleaned(const T* k, int64_t count) {
         const int64_t d = call_.head_dim;
-        for (int64_t j = 0; j < count; ++j)
-            for (int64_t c = 0; c < d; ++c) {
-                const float x = widen(k[j * call_.k.token + c]);
-                narrow(x - x == 0.0f ? x : 0.0f, clean_[j * d + c]);
-            }
+        clean_rows(k, call_.k.token, count, d, clean_);
         if (!Mode::PAIRED) return {clean_, 4, d * 4};
         pair_rows(reinterpret_cast<const bf16*>(clean_), d, count, d, k_pairs_);
         return {k_pairs_, 4, d * 4};
@@ -261,7 +257,7 @@ static inline void write_sums(
 template <class T, class Mode>
 static inline void softmax_backward(const Call& call) {
     Sources<T, Mode> sources(call, true);
-    Pieces pieces(call);
+    Pieces pieces(call, Mode::PAIRED);
     std::vector<Piece>& list = pieces.list();
     const int64_t wide = round_up(call.head_dim, LANES), wide_v = round_up(call.value_dim, LANES);
     int64_t floats = 0;

@@ -111,14 +111,15 @@ class ForwardTask {
 
     static int64_t bytes(const Call& call) {
         const int64_t pairs = Mode::PAIRED ? ((call.head_dim + 1) / 2 + KEYS / 2) * ROWS + KEYS / 2 * call.value_dim : 0;
-        return 4 * ((call.head_dim + call.value_dim + KEYS) * ROWS + pairs) + KEYS * ROWS;
+        return 4 * ((call.head_dim + call.value_dim + KEYS) * ROWS + KEYS * call.value_dim + pairs) + KEYS * ROWS;
     }
 
     ForwardTask(const Call& call, const Sources<T, Mode>& sources, void* room) : call_(call), from_(sources), units_(call, Mode::PAIRED) {
         q_ = static_cast<float*>(room);
         mixed_ = q_ + call.head_dim * ROWS;
         logits_ = mixed_ + call.value_dim * ROWS;
-        hidden_ = reinterpret_cast<uint8_t*>(logits_ + KEYS * ROWS);
+        clean_ = reinterpret_cast<Stored*>(logits_ + KEYS * ROWS);
+        hidden_ = reinterpret_cast<uint8_t*>(logits_ + KEYS * (ROWS + call.value_dim));
         q_pairs_ = reinterpret_cast<uint32_t*>(hidden_ + KEYS * ROWS);
         p_pairs_ = q_pairs_ + (call.head_dim + 1) / 2 * ROWS;
         v_pairs_ = p_pairs_ + KEYS / 2 * ROWS;
@@ -151,14 +152,15 @@ class ForwardTask {
                     for (int64_t i = 0; i < here.count * ROWS; ++i) hidden_[i] = logits_[i] == -INF;
             }
             powers<!Mode::PAIRED>(logits_, here.count, units_.unit, state, mixed_, call_.value_dim);
-            if (careful) {
-                visible_sums(call_.v.template row<T>(b, kv, j), here.count);
-                return;
-            }
+            Factor values;
+            if (careful)
+                values = cleaned(call_.v.template row<T>(b, kv, j), here.count);
+            else
+                values = from_.along_values(call_, b, kv, j, here.count, v_pairs_);
             if (Mode::PAIRED) pair_rows(logits_, here.count, p_pairs_);
             product<Product, true>(
                 call_.value_dim, ROWS, Mode::PAIRED ? (here.count + 1) / 2 : here.count,
-                from_.along_values(call_, b, kv, j, here.count, v_pairs_), Mode::PAIRED ? static_cast<void*>(p_pairs_) : logits_, ROWS * 4,
+                values, Mode::PAIRED ? static_cast<void*>(p_pairs_) : logits_, ROWS * 4,
                 mixed_, ROWS);
         });
         alignas(64) float by[ROWS];
@@ -172,19 +174,29 @@ class ForwardTask {
     }
 
    private:
-    // Sums over keys of which some are not finite, and which some rows must not see: pair by pair.
-    void visible_sums(const T* v, int64_t count) {
+    // Values of which some are not finite, and which some rows must not see: zeros stand for those in
+    // the product, whose bits are so those of any other hidden value, and rows that see them get them
+    // here.
+    Factor cleaned(const T* v, int64_t count) {
+        const int64_t width = call_.value_dim;
         for (int64_t j = 0; j < count; ++j)
-            for (int64_t d = 0; d < call_.value_dim; ++d)
+            for (int64_t d = 0; d < width; ++d) {
+                const float x = widen(v[j * call_.v.token + d]);
+                if (x - x == 0.0f) continue;
                 for (int64_t r = 0; r < ROWS; ++r)
-                    if (!hidden_[j * ROWS + r])
-                        mixed_[d * ROWS + r] += logits_[j * ROWS + r] * widen(v[j * call_.v.token + d]);
+                    if (!hidden_[j * ROWS + r]) mixed_[d * ROWS + r] += logits_[j * ROWS + r] * x;
+            }
+        clean_rows(v, call_.v.token, count, width, clean_);
+        if (!Mode::PAIRED) return {clean_, 4, width * 4};
+        pair_rows(reinterpret_cast<const bf16*>(clean_), width, count, width, v_pairs_);
+        return {v_pairs_, 4, width * 4};
     }
 
     const Call& call_;
     const Sources<T, Mode>& from_;
     Units units_;
     float *q_, *mixed_, *logits_;
+    Stored* clean_;
     uint8_t* hidden_;
     uint32_t *q_pairs_, *p_pairs_, *v_pairs_;
 };

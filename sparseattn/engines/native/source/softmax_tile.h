@@ -193,6 +193,16 @@ static inline bool finite_rows(const T* x, int64_t step, int64_t count, int64_t 
     return rest == 0.0f && !any(most >= 0x7f800000);
 }
 
+// Rows [count][width] of which some are not finite, with zeros for what is not, one after the other.
+template <class T, class Stored>
+static inline void clean_rows(const T* x, int64_t step, int64_t count, int64_t width, Stored* into) {
+    for (int64_t j = 0; j < count; ++j)
+        for (int64_t c = 0; c < width; ++c) {
+            const float y = widen(x[j * step + c]);
+            narrow(y - y == 0.0f ? y : 0.0f, into[j * width + c]);
+        }
+}
+
 // softcap's tanh: logits, already divided by the cap, become their tanh.
 static inline void cap(float* logits, int64_t count, float by) {
     for (int64_t at = 0; at < count * ROWS; at += LANES) store(logits + at, tanhv(load(logits + at) * by));

@@ -1,0 +1,166 @@
+// What Python says of a linear call, numbers as float or double, and products of either.
+#pragma once
+
+#include "call.h"
+
+namespace sparseattn {
+
+// A run of rows of the batch: sparseattn/runs.py. `keys` counts those that some query reaches.
+struct LinearRun {
+    int64_t batch, batches, query, queries, key, keys, offset, holes;
+};
+
+// Order and sizes are those of sparseattn/engines/linear/in_native.py.
+struct LinearCall {
+    Rows q, k, v, out, grad, dq, dk, dv;
+    int64_t length, mean;                // [B, Hq, N] float64 in one piece, or 0
+    int64_t runs, run_count;             // LinearRun
+    int64_t key_mask, key_mask_row;      // bytes [B, M] where keys have holes, or 0
+    int64_t projection;                  // [F, D] of the numbers that are computed with, or 0
+    int64_t decay;                       // [Hq] float64, or 0
+    int64_t q_heads, kv_heads, n, head_dim, value_dim, features;  // features: before a turn
+    int64_t function, turned, q_most, k_most, normalize, causal;
+    int64_t half, wide, threads;         // half: bfloat16; wide: computed in float64
+    double q_scale, k_scale, turn, q_drop, k_drop;
+
+    int64_t groups() const { return q_heads / kv_heads; }
+    int64_t all_features() const { return features * (turned ? 2 : 1); }
+    const LinearRun& run(int64_t i) const { return reinterpret_cast<const LinearRun*>(runs)[i]; }
+    double* length_row(int64_t b, int64_t h, int64_t i) const {
+        return reinterpret_cast<double*>(length) + (b * q_heads + h) * n + i;
+    }
+    double* mean_row(int64_t b, int64_t h, int64_t i) const {
+        return reinterpret_cast<double*>(mean) + (b * q_heads + h) * n + i;
+    }
+};
+
+// Positions of a chunk: pairs within it are weighed one by one. A multiple of all lanes, and of the
+// rows of the micro-kernel, as far as can be.
+constexpr int CHUNK = SPARSEATTN_WIDTH == 16 ? 32 : 48;
+// Chunks whose sums are taken in the numbers of the call, before float64 takes them up.
+constexpr int SPAN = SPARSEATTN_WIDTH == 16 ? 24 : 16;
+constexpr int64_t SPANNED = int64_t(CHUNK) * SPAN;
+
+template <class Real>
+using Lane = Real __attribute__((vector_size(4 * LANES)));
+template <class Real>
+constexpr int WIDTH = 4 * LANES / int(sizeof(Real));
+static_assert(CHUNK % LANES == 0, "a chunk is whole vectors");
+
+template <class Real>
+static inline Lane<Real> pick(const Real* at) {
+    Lane<Real> x;
+    std::memcpy(&x, at, sizeof x);
+    return x;
+}
+
+template <class Real>
+static inline void put(Real* at, Lane<Real> x) {
+    std::memcpy(at, &x, sizeof x);
+}
+
+// A factor of a product in elements: (i, k) lies at `at[i * rows + k * steps]`.
+template <class Real>
+struct Left {
+    const Real* at;
+    int64_t rows, steps;
+};
+
+template <int ROWS_, int VECTORS_, bool ADD>
+static inline __attribute__((always_inline)) void wide_tile(
+    const double* a, int64_t rows, int64_t steps, const double* b, int64_t b_row, double* c,
+    int64_t c_row, int64_t count) {
+    typedef Lane<double> vd;
+    vd sum[ROWS_][VECTORS_];
+    for (int i = 0; i < ROWS_; ++i)
+        for (int v = 0; v < VECTORS_; ++v) sum[i][v] = vd{};
+    for (int64_t k = 0; k < count; ++k, a += steps, b += b_row) {
+        vd x[VECTORS_];
+        for (int v = 0; v < VECTORS_; ++v) x[v] = pick(b + v * WIDTH<double>);
+        for (int i = 0; i < ROWS_; ++i)
+            for (int v = 0; v < VECTORS_; ++v) sum[i][v] += a[i * rows] * x[v];
+    }
+    for (int i = 0; i < ROWS_; ++i)
+        for (int v = 0; v < VECTORS_; ++v) {
+            double* at = c + i * c_row + v * WIDTH<double>;
+            put(at, ADD ? pick(at) + sum[i][v] : sum[i][v]);
+        }
+}
+
+// C[height][width] (+)= A[height, count] B[count][width]; width a multiple of LANES.
+template <bool ADD>
+static inline void multiply(
+    int64_t height, int64_t width, int64_t count, Left<float> a, const float* b, int64_t b_row,
+    float* c, int64_t c_row) {
+    product<Floats, ADD>(height, width, count, Factor{a.at, a.rows * 4, a.steps * 4}, b, b_row * 4, c, c_row);
+}
+
+template <bool ADD>
+static inline void multiply(
+    int64_t height, int64_t width, int64_t count, Left<double> a, const double* b, int64_t b_row,
+    double* c, int64_t c_row) {
+    for (int64_t at = 0; at < width; at += LANES) {
+        int64_t i = 0;
+        for (; i + 4 <= height; i += 4)
+            wide_tile<4, 2, ADD>(a.at + i * a.rows, a.rows, a.steps, b + at, b_row, c + i * c_row + at, c_row, count);
+        for (; i < height; ++i)
+            wide_tile<1, 2, ADD>(a.at + i * a.rows, a.rows, a.steps, b + at, b_row, c + i * c_row + at, c_row, count);
+    }
+}
+
+static inline void widen_to(float x, float& into) { into = x; }
+static inline void widen_to(float x, double& into) { into = double(x); }
+static inline void widen_to(bf16 x, float& into) { into = widen(x); }
+static inline void widen_to(bf16 x, double& into) { into = double(widen(x)); }
+
+// Rows [count][width] of a tensor, whose next row is `stride` elements on, as columns of
+// into [width][CHUNK], times `scale`; columns from `first` on, 0 in all others.
+template <class T, class Real>
+static inline void turn_in(
+    const T* at, int64_t stride, int64_t width, int64_t first, int64_t count, Real scale, Real* into) {
+    constexpr int BLOCK = 16;
+    Real held[CHUNK][BLOCK];
+    for (int64_t d = 0; d < width; d += BLOCK) {
+        const int64_t wide = std::min<int64_t>(BLOCK, width - d);
+        if (wide == BLOCK) {
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t e = 0; e < BLOCK; ++e) {
+                    widen_to(at[i * stride + d + e], held[first + i][e]);
+                    held[first + i][e] *= scale;
+                }
+        } else {
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t e = 0; e < wide; ++e) {
+                    widen_to(at[i * stride + d + e], held[first + i][e]);
+                    held[first + i][e] *= scale;
+                }
+        }
+        for (int64_t e = 0; e < wide; ++e) {
+            Real* row = into + (d + e) * CHUNK;
+            for (int64_t i = 0; i < first; ++i) row[i] = 0;
+            for (int64_t i = first; i < first + count; ++i) row[i] = held[i][e];
+            for (int64_t i = first + count; i < CHUNK; ++i) row[i] = 0;
+        }
+    }
+}
+
+// The reverse: columns of from [width][CHUNK] to rows of a tensor.
+template <class T, class Real>
+static inline void turn_out(
+    const Real* from, int64_t width, int64_t first, int64_t count, T* at, int64_t stride) {
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t d = 0; d < width; ++d) narrow(float(from[d * CHUNK + first + i]), at[i * stride + d]);
+}
+
+// Rows of a tensor as into [CHUNK][padded], whose padding is 0.
+template <class T, class Real>
+static inline void copy_rows(
+    const T* at, int64_t stride, int64_t width, int64_t padded, int64_t first, int64_t count, Real* into) {
+    for (int64_t i = 0; i < count; ++i) {
+        Real* row = into + (first + i) * padded;
+        for (int64_t e = 0; e < width; ++e) widen_to(at[i * stride + e], row[e]);
+        for (int64_t e = width; e < padded; ++e) row[e] = 0;
+    }
+}
+
+}  // namespace sparseattn

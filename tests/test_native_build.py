@@ -1,0 +1,571 @@
+"""The build of the C++ kernels: what is built, where it is kept, and what is refused.
+
+Most of it is shown on a source of a few lines, which compiles in a moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparseattn.engines import native
+from sparseattn.engines.native import __main__ as command
+from sparseattn.engines.native import build, cache, cpu, library
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+extern "C" long long sparseattn_native_abi() { return 1; }
+template <class T> struct Counter { static inline long long count = 0; };
+extern "C" long long sparseattn_count(const char*) { return Counter<int>::count++; }
+"""
+NO_COMPILER = "no C++ kernels can be built on this machine"
+
+
+@pytest.fixture(autouse=True)
+def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache of the test's own, and a process that has tried nothing yet."""
+    for name in ("SPARSEATTN_NATIVE", "SPARSEATTN_NATIVE_ISA", "SPARSEATTN_NATIVE_SANITIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SPARSEATTN_NATIVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(library, "_known", {})
+    monkeypatch.setattr(library, "_serving", None)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The folder of a source that compiles in a moment."""
+    try:
+        build.compiler()
+    except native.BuildError:
+        pytest.skip(NO_COMPILER)
+    return source_of(tmp_path / "tiny", TINY)
+
+
+def source_of(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "native.cpp").write_text(text)
+    return folder
+
+
+def refusal(source: Path) -> str:
+    with pytest.raises(native.BuildError) as caught:
+        library.open_library(source)
+    said = str(caught.value)
+    assert len(said) < 500
+    return said
+
+
+def wrapper(folder: Path, before: str = "", program: str = "") -> tuple[Path, Path]:
+    """A compiler that writes down each compilation, and does `before` it; and its notes."""
+    path, notes = folder / "wrapped", folder / "notes"
+    notes.write_text("")
+    program = program or " ".join(build.compiler())
+    path.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *--version) ;; *) echo compiled >> {notes}\n{before}\nesac\n'
+        f'exec {program} "$@"\n'
+    )
+    path.chmod(0o755)
+    return path, notes
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- what is built, and under which name ----------------------------------------------------------
+
+
+def test_a_library_is_built_once_and_kept(tiny: Path, tmp_path: Path) -> None:
+    first = library.open_library(tiny)
+    held = first.path.stat()
+    second = library.open_library(tiny)
+    assert second.path == first.path and second.path.stat() == held
+    assert entries(tmp_path / "cache") == [first.path.name]
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
+
+
+def test_the_name_follows_from_source_flags_compiler_and_cpu(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [build.recipe(tiny).name]
+    (tiny / "more.h").write_text("// a header")
+    names.append(build.recipe(tiny).name)
+    (tiny / "more.h").rename(tiny / "other.h")
+    names.append(build.recipe(tiny).name)
+    (tiny / "notes.txt").write_text("no part of it")
+    assert build.recipe(tiny).name == names[-1]
+    monkeypatch.setenv("SPARSEATTN_NATIVE_SANITIZE", "1")
+    names.append(build.recipe(tiny).name)
+    monkeypatch.delenv("SPARSEATTN_NATIVE_SANITIZE")
+    path, _ = wrapper(tmp_path)
+    monkeypatch.setenv("CXX", str(path))
+    names.append(build.recipe(tiny).name)
+    monkeypatch.setenv("CXX", f"{path} -DSOMETHING")
+    names.append(build.recipe(tiny).name)
+    script = path.read_text()
+    path.write_text(script.replace("#!/bin/sh\n", "#!/bin/sh\necho version 99\n"))
+    names.append(build.recipe(tiny).name)
+    monkeypatch.setattr(cpu, "describe", lambda: "another")
+    names.append(build.recipe(tiny).name)
+    assert len(set(names)) == len(names)
+
+
+def test_no_flag_changes_values() -> None:
+    words = {*build._FLAGS, *build._FAST, *build._GCC_FLAGS}
+    assert not words & {"-ffast-math", "-Ofast", "-funsafe-math-optimizations"}
+    assert not {word for word in words if "associative" in word or "finite" in word}
+
+
+def test_libraries_of_one_process_share_nothing(tiny: Path, tmp_path: Path) -> None:
+    other = source_of(tmp_path / "other", TINY + "// another\n")
+    counts = []
+    for opened in (library.open_library(tiny), library.open_library(other)):
+        counts += [opened.cdll.sparseattn_count(b"") for _ in range(2)]
+    assert counts == [0, 1, 0, 1]
+
+
+def test_what_does_not_compile_is_said_in_few_words(tmp_path: Path, tiny: Path) -> None:
+    said = refusal(source_of(tmp_path / "bad", 'extern "C" int f() { return nonsense; }\n' * 50))
+    assert "failed: " in said and "nonsense" in said and "error" in said
+    assert entries(tmp_path / "cache") == []
+
+
+def test_a_failure_is_remembered(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, notes = wrapper(tmp_path, "echo 'error: no space' >&2; exit 1")
+    monkeypatch.setenv("CXX", str(path))
+    said = library.missing()
+    assert said == [f"{path} failed: error: no space"]
+    assert library.missing() == said and notes.read_text() == "compiled\n"
+    with pytest.raises(native.BuildError, match="no space"):
+        library.call("sparseattn_softmax_forward", b"")
+
+
+def test_threads_that_ask_at_once_build_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def slow() -> Any:
+        calls.append(1)
+        time.sleep(0.2)
+        raise native.BuildError("none")
+
+    monkeypatch.setattr(library, "open_library", slow)
+    found: list[list[str]] = []
+    threads = [threading.Thread(target=lambda: found.append(library.missing())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [["none"]] * 8 and len(calls) == 1
+
+
+def test_a_child_of_a_fork_does_not_wait_for_a_thread_that_it_has_not() -> None:
+    script = """
+import os, signal
+from sparseattn.engines.native import library
+library._guard.acquire()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    library._find(("0", None))
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+# --- the instruction set --------------------------------------------------------------------------
+
+V3 = "fpu avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"
+V4 = f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("machine", "features", "isa", "expected"),
+    [
+        ("x86_64", V3, "", "-march=native"),
+        ("x86_64", V3, "native", "-march=native"),
+        ("aarch64", "", "", "-mcpu=native"),
+        ("arm64", "", "", "-mcpu=native"),
+        ("x86_64", V3, "avx2", "-march=x86-64-v3"),
+        ("x86_64", V4, "avx2", "-march=x86-64-v3"),
+        ("x86_64", V4, "avx512", "-march=x86-64-v4"),
+        ("x86_64", "fpu", "generic", "-march=x86-64"),
+        ("aarch64", "", "neon", "-march=armv8-a"),
+        ("x86_64", V3, "avx512", "lacks avx512bw, avx512cd, avx512dq, avx512f, avx512vl"),
+        ("x86_64", V4.replace("fma ", ""), "avx512", "lacks fma"),
+        ("x86_64", "fpu", "avx2", "lacks abm, avx, avx2"),
+        ("x86_64", V3, "neon", "not of x86_64 CPUs"),
+        ("aarch64", "", "avx2", "not of aarch64 CPUs"),
+        ("x86_64", V3, "avx3", "expected one of native, avx512, avx2, neon, generic"),
+        ("riscv64", "", "", "this is riscv64"),
+        ("i686", "", "", "this is i686"),
+    ],
+)
+def test_instruction_sets(
+    machine: str, features: str, isa: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(cpu, "_facts", lambda: {"flags": features})
+    monkeypatch.setenv("SPARSEATTN_NATIVE_ISA", isa)
+    if expected.startswith("-m"):
+        assert cpu.flags() == (expected,)
+    else:
+        with pytest.raises(native.BuildError, match=expected):
+            cpu.flags()
+
+
+def test_the_cpu_is_told_by_what_stays() -> None:
+    assert cpu.describe() == cpu.describe()
+    assert platform.machine() in cpu.describe()
+    assert "MHz" not in cpu.describe()
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def planted(path: Path, source: Path) -> None:
+    """Another library in the entry's place, with a seal that is good."""
+    made = path.parent / "planted.so"
+    words = [*build.compiler(), "-shared", "-fPIC", str(source / "native.cpp"), "-o", str(made)]
+    subprocess.run(words, check=True)
+    cache.seal(made)
+    os.replace(made, path)
+
+
+@pytest.mark.parametrize(
+    "how", ["cut", "empty", "text", "changed", "link", "writable", "folderless", "abi", "symbol"]
+)
+def test_a_broken_entry_is_built_again(how: str, tiny: Path, tmp_path: Path) -> None:
+    recipe = build.recipe(tiny)
+    path = build.built(recipe)
+    whole = path.read_bytes()
+    if how == "folderless":
+        shutil.rmtree(path.parent)
+    elif how == "link":
+        path.rename(tmp_path / "elsewhere.so")
+        path.symlink_to(tmp_path / "elsewhere.so")
+    elif how == "writable":
+        path.chmod(0o770)
+    elif how in ("abi", "symbol"):
+        text = TINY.replace("return 1", "return 7") if how == "abi" else "int nothing;"
+        planted(path, source_of(tmp_path / "other", text))
+    else:
+        path.unlink()
+        middle = len(whole) // 2
+        flipped = bytes([whole[middle] ^ 1])
+        path.write_bytes(
+            {
+                "cut": whole[: middle // 2],
+                "empty": b"",
+                "text": b"no library",
+                "changed": whole[:middle] + flipped + whole[middle + 1 :],
+            }[how]
+        )
+        path.chmod(0o500)
+    broken = path.lstat().st_ino if path.exists() else None
+    opened = library.open_library(tiny)
+    assert opened.path == path and cache.intact(path) and not path.is_symlink()
+    assert path.stat().st_ino != broken
+    assert opened.cdll.sparseattn_native_abi() == library.ABI
+    assert opened.cdll.sparseattn_count(b"") == 0
+    assert entries(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("int nothing;", "it lacks its entries"),
+        (TINY.replace("return 1", "return 7"), "its version is 7, not 1"),
+        (TINY + 'void away(); extern "C" void f() { away(); }', "does not load: .*undefined"),
+    ],
+)
+def test_what_is_broken_when_built_is_refused(
+    text: str, words: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of(tmp_path / "other", text)
+    path, notes = wrapper(tmp_path)
+    monkeypatch.setenv("CXX", f"{path} -Wl,-z,now")
+    assert re.search(words, refusal(source))
+    assert notes.read_text() == "compiled\n" * 2  # once more, and no more
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702, 0o1777])
+def test_a_folder_that_others_can_write_is_refused(mode: int, tiny: Path, tmp_path: Path) -> None:
+    path = library.open_library(tiny).path.parent
+    path.chmod(mode)
+    assert f"others can write to the cache directory {path} (mode {mode:o})" in refusal(tiny)
+    path.chmod(0o755)  # that others read it is no harm
+    library.open_library(tiny)
+
+
+def test_a_folder_of_another_user_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = library.open_library(tiny).path.parent
+    user = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    assert f"the cache directory {path} belongs to another user" in refusal(tiny)
+    assert not cache.intact(path / entries(path)[0])
+
+
+def test_a_folder_that_others_can_replace_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    above = tmp_path / "above"
+    above.mkdir()
+    monkeypatch.setenv("SPARSEATTN_NATIVE_CACHE", str(above / "cache"))
+    path = library.open_library(tiny).path.parent
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    for given in (path, link):  # a link is followed to the end, and the way there is judged
+        monkeypatch.setenv("SPARSEATTN_NATIVE_CACHE", str(given))
+        above.chmod(0o777)
+        assert f"others can replace the cache directory {path}, by way of {above}" in refusal(tiny)
+        above.chmod(0o1777)  # as /tmp: who does not own a name cannot move it
+        library.open_library(tiny)
+        above.chmod(0o755)
+        library.open_library(tiny)
+
+
+@pytest.mark.parametrize("case", ["relative", "file", "unmakeable", "unwritable"])
+def test_where_nothing_can_be_kept_is_said(
+    case: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, words = "some/cache", "is no absolute path"
+    if case == "file":
+        (tmp_path / "file").write_text("")
+        given, words = str(tmp_path / "file"), f"no cache directory at {tmp_path / 'file'} ("
+    elif case == "unmakeable":
+        given, words = "/proc/none", "no cache directory at /proc/none ("
+    elif case == "unwritable":
+        # Modes do not bind root, but nobody makes files in /proc.
+        locked = Path("/proc") if os.geteuid() == 0 else tmp_path / "locked"
+        if locked != Path("/proc"):
+            locked.mkdir(mode=0o500)
+        given, words = str(locked), f"the cache directory {locked} cannot be written ("
+    monkeypatch.setenv("SPARSEATTN_NATIVE_CACHE", given)
+    assert words in refusal(tiny)
+
+
+def test_where_libraries_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cache.place() == tmp_path / "cache"
+    monkeypatch.setenv("SPARSEATTN_NATIVE_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache.place() == Path("/somewhere/sparseattn")
+    monkeypatch.setenv("HOME", "/a/home")
+    for relative in ("", "not/absolute"):
+        monkeypatch.setenv("XDG_CACHE_HOME", relative)
+        assert cache.place() == Path("/a/home/.cache/sparseattn")
+
+
+def test_nobody_else_may_write_an_entry_whatever_the_umask(tiny: Path) -> None:
+    before = os.umask(0)
+    try:
+        path = library.open_library(tiny).path
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o500
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_what_a_killed_build_leaves_is_taken_away_in_time(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    for name, age in (("building-old", 7200), ("building-young", 60)):
+        (folder / name).mkdir()
+        (folder / name / "half.so").write_text("half")
+        then = time.time() - age
+        os.utime(folder / name, (then, then))
+    path = library.open_library(tiny).path
+    assert entries(folder) == sorted(["building-young", path.name])
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_processes_that_build_at_once_make_one_good_file(
+    locks: bool, tiny: Path, tmp_path: Path
+) -> None:
+    compiler, notes = wrapper(tmp_path, "sleep 0.5")
+    script = f"""
+import contextlib, pathlib, sys
+from sparseattn.engines.native import cache, library
+if not {locks}:
+    cache.turn = lambda path: contextlib.nullcontext()
+print(flush=True)
+sys.stdin.read()
+opened = library.open_library(pathlib.Path({str(tiny)!r}))
+assert opened.cdll.sparseattn_native_abi() == 1
+print(opened.path)
+"""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "CXX": str(compiler)},
+            text=True,
+        )
+        for _ in range(5)
+    ]
+    for process in running:
+        assert process.stdout is not None and process.stdin is not None
+        process.stdout.readline()  # all are ready
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.close()
+    said = {process.stdout.read() for process in running if process.stdout is not None}
+    assert [process.wait() for process in running] == [0] * 5
+    (line,) = said
+    path = Path(line.strip())
+    assert entries(tmp_path / "cache") == [path.name] and cache.intact(path)
+    compiled = notes.read_text().count("compiled")
+    assert compiled == 1 if locks else compiled > 1
+
+
+def test_a_build_that_is_cut_off_publishes_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = "while :; do case $1 in -o) echo half > $2; break; esac; shift; done; kill -9 $$"
+    compiler, _ = wrapper(tmp_path, half)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert "failed: no message" in refusal(tiny)
+    assert entries(tmp_path / "cache") == []
+
+
+# --- what serves where there is none --------------------------------------------------------------
+
+SERVES = """
+import json, sys
+import torch
+import sparseattn as sa
+from typer.testing import CliRunner
+from sparseattn.cli import app
+
+q = torch.randn(1, 2, 300, 32, requires_grad=True)
+out = sa.attention(q, q, q, "windowed", window=8, causal=True)
+out.sum().backward()
+chosen = sa.explain(q, q, q, "windowed(window=8)", causal=True)
+rows = json.loads(CliRunner().invoke(app, ["doctor", "--json", "-"]).stdout)
+try:
+    sa.attention(q, q, q, "full", impl="native")
+    raised = ""
+except sa.UnsupportedCallError as error:
+    raised = str(error)
+json.dump({
+    "explained": str(chosen),
+    "doctor": [row for row in rows if row["kind"] == "native"],
+    "raised": raised,
+}, sys.stdout)
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"PATH": "", "CXX": ""}, "no C++ compiler: none of c++, g++, clang++ is on PATH"),
+        ({"CXX": "no-such-compiler"}, "no C++ compiler: CXX='no-such-compiler' is not found"),
+        ({"SPARSEATTN_NATIVE": "0"}, "SPARSEATTN_NATIVE=0 turns it off"),
+        ({"SPARSEATTN_NATIVE_CACHE": "/proc/none"}, "no cache directory at /proc/none ("),
+        ({"SPARSEATTN_NATIVE_ISA": "mmx"}, "SPARSEATTN_NATIVE_ISA='mmx': expected one of"),
+        ({"SPARSEATTN_NATIVE_SANITIZE": "1"}, "SPARSEATTN_NATIVE_SANITIZE=1 needs"),
+    ],
+)
+def test_torch_serves_and_explain_and_doctor_say_why(given: dict[str, str], words: str) -> None:
+    if "SANITIZE" in "".join(given):
+        try:
+            build.compiler()
+        except native.BuildError:
+            pytest.skip(NO_COMPILER)
+    done = subprocess.run(
+        [sys.executable, "-c", SERVES],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **given},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert re.search(r"^implementation +torch$", found["explained"], re.MULTILINE)
+    assert f"not native: {words}" in found["explained"]
+    (row,) = found["doctor"]
+    assert row["status"] == "absent" and words in row["reason"]
+    assert words in found["raised"]
+
+
+def test_a_call_that_it_would_not_serve_builds_nothing(tmp_path: Path) -> None:
+    import torch
+
+    import sparseattn as sa
+
+    q = torch.randn(1, 2, 20, 8, dtype=torch.float64)
+    sa.attention(q, q, q, "full")
+    assert library._known == {} and not (tmp_path / "cache").exists()
+
+
+# --- building ahead, and what is shipped ----------------------------------------------------------
+
+
+def test_building_ahead_says_what_it_did(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(build, "SOURCE", tiny)
+    assert command.main([]) == 0
+    (name,) = entries(tmp_path / "cache")
+    said = capsys.readouterr().out
+    assert str(tmp_path / "cache" / name) in said and re.search(r"build +\d+\.\d s", said)
+    assert command.main([]) == 0
+    assert re.search(r"build +it was there", capsys.readouterr().out)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert command.main([]) == 1
+    assert "no-such-compiler" in capsys.readouterr().err
+
+
+def test_building_ahead_with_sanitizers_is_another_library(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(build, "SOURCE", tiny)
+    monkeypatch.setenv("SPARSEATTN_NATIVE_SANITIZE", "")  # put back afterwards
+    assert command.main([]) == 0
+    assert command.main(["--sanitize"]) == 0
+    assert "-fsanitize=address,undefined" in capsys.readouterr().out
+    assert len(entries(tmp_path / "cache")) == 2
+    # Loading it here would end the process.
+    assert "LD_PRELOAD" in refusal(tiny)
+
+
+def test_the_source_builds_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sparseattn.engines.native"],
+        env={**os.environ, "CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "no-such-compiler" in done.stderr
+
+
+def test_a_wheel_carries_the_source(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    words = ["build", "-t", "wheel", "-d", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as held:
+        at = "sparseattn/engines/native/source/"
+        found = {name: held.read(name) for name in held.namelist() if name.startswith(at)}
+    assert found == {f"{at}{path.name}": path.read_bytes() for path in build.SOURCE.iterdir()}
+    assert f"{at}native.cpp" in found
