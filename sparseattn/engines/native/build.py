@@ -90,12 +90,16 @@ def _run(words: tuple[str, ...], limit: float) -> subprocess.CompletedProcess[st
         raise BuildError(f"{words[0]} does not run: {error.strerror or error}") from None
 
 
-def recipe(source: Path = SOURCE) -> Recipe:
+def recipe(source: Path | None = None) -> Recipe:
     """What would be built now, by the environment and the machine.
+
+    Args:
+        source: the folder that holds native.cpp; the engine's own by default.
 
     Raises:
         BuildError: nothing can be.
     """
+    source = SOURCE if source is None else source
     target = cpu.flags()
     command = compiler()
     said = _run((*command, "--version"), 60)

@@ -68,16 +68,20 @@ def folder() -> Path:
             f"others can write to the cache directory {path} (mode {mode:o}): chmod 700 it"
         )
     for above in path.parents:
-        held = above.stat()
-        # A group of the user's own is no other; in a sticky directory names are their owners'.
-        others = stat.S_IWOTH if held.st_gid == os.getegid() else _OTHERS
-        if held.st_uid not in (0, os.geteuid()) or (
-            held.st_mode & others and not held.st_mode & stat.S_ISVTX
-        ):
+        if _replaceable(above.stat()):
             raise BuildError(
                 f"others can replace the cache directory {path}, by way of {above}: {_WAY_OUT}"
             )
     return path
+
+
+def _replaceable(held: os.stat_result) -> bool:
+    """Whether others may put another directory in the place of one in this."""
+    if held.st_uid not in (0, os.geteuid()):
+        return True
+    # A group of the user's own is no other; in a sticky directory names are their owners'.
+    others = stat.S_IWOTH if held.st_gid == os.getegid() else _OTHERS
+    return bool(held.st_mode & others) and not held.st_mode & stat.S_ISVTX
 
 
 def intact(path: Path) -> bool:

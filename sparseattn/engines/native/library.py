@@ -80,7 +80,7 @@ def _check_sanitizer() -> None:
         )
 
 
-def open_library(source: Path = build.SOURCE) -> Library:
+def open_library(source: Path | None = None) -> Library:
     """Load the library that the environment asks for; built first where the cache has none.
 
     What the cache has, and is broken, is built once more.
