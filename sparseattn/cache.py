@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .arguments import DTYPES, check_bias, describe
-from .cache_rows import attend_rows
+from .cache_rows import ROW_KERNELS, attend_rows
 from .call import AttentionCall
 from .clauses import as_int
 from .errors import InvalidInputError, UnsupportedCallError
@@ -386,7 +386,7 @@ class KeyCache(Cache):
         mechanism: Any = self.mechanism
         kernel = getattr(implementation, "kernel", "")
         if (
-            kernel in ("softmax:torch", "softmax:triton")
+            kernel in ROW_KERNELS
             and call.n <= _FEW_ROWS
             and call.n < call.m
             and call.bias is None

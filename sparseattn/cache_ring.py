@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache, keeping, starts
-from .cache_rows import attend_rows
+from .cache_rows import ROW_KERNELS, attend_rows
 from .call import AttentionCall, Placement
 from .clauses import Band, Chunks, FirstKeys, FirstQueries, Term
 from .errors import SparseAttnError
@@ -215,11 +215,11 @@ class RingCache(Cache):
         if self.length == 0:
             return []
         known = getattr(implementation, "kernel", "")
-        if known in ("softmax:torch", "softmax:triton") or implementation.name == "reference":
+        if known in ROW_KERNELS or implementation.name == "reference":
             return []
         return [
             "it takes whole calls, and this cache keeps only the keys that later queries may see; "
-            'the engine ("torch", "triton") and "reference" can use those'
+            'the engine ("torch", "native", "triton") and "reference" can use those'
         ]
 
     def attend(

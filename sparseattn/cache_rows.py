@@ -14,11 +14,14 @@ from torch import Tensor
 from .call import AttentionCall
 from .digits import doubled, wide
 from .engines.op import FEW_PAIRS, sinking
-from .engines.softmax import few_in_triton
+from .engines.softmax import few_in_native, few_in_triton
 from .engines.softmax.primitive import additive, flash_forward, math_forward
 
 # Few pairs get twice the digits, as in the operator, while that copies no more numbers of k.
 _FEW_NUMBERS = 2**17
+# What serves few rows itself, of the kernel that a call is for.
+ROW_KERNELS = ("softmax:torch", "softmax:native", "softmax:triton")
+_FEW: dict[str, Any] = {"softmax:native": few_in_native, "softmax:triton": few_in_triton}
 
 
 def _digits(call: AttentionCall, keys: int) -> torch.dtype:
@@ -44,8 +47,8 @@ def attend_rows(
         call: its placement (`fixed_placement` for keys that are not contiguous) and `key_mask` are
             those of the L keys.
         all_seen: every query is known to see every key.
-        kernel: of the implementation asked for: `softmax:triton` serves a step's few rows itself,
-            without a read on the host.
+        kernel: of the implementation asked for: `softmax:triton` and `softmax:native` serve a
+            step's few rows themselves.
 
     Returns:
         out `[B, Hq, n, Dv]` in q's dtype; lse `[B, Hq, n]`, wide. 0 and -inf where nothing is seen.
@@ -53,15 +56,19 @@ def attend_rows(
     shape, acc = (call.batch, call.q_heads, call.n), wide(call.dtype)
     keys = k.shape[2]
     mask = None if all_seen else mechanism.mask(call)
-    on_gpu = kernel == "softmax:triton" and 0 < call.n * call.groups <= few_in_triton.MOST_ROWS
-    if mask is not None and not on_gpu and bool(mask.all()):
+    few = _FEW.get(kernel)
+    if few is not None and not 0 < call.n * call.groups <= few.MOST_ROWS:
+        few = None
+    if mask is not None and few is None and bool(mask.all()):
         mask = None
     if 0 in shape or keys == 0:
         out = q.new_zeros(*shape, call.value_dim)
         lse = q.new_full(shape, -torch.inf, dtype=acc)
+    elif few is few_in_native and call.value_dim:
+        out, lse = few_in_native.attend_masked(q, k, v, mask, call)
     else:
         dtype = _digits(call, keys)
-        serve = few_in_triton.attend_masked if on_gpu else _masked
+        serve = _masked if few is not few_in_triton else few_in_triton.attend_masked
         out, lse = serve(q.to(dtype), k.to(dtype), v.to(dtype), mask, call)
     if call.sink_logits is not None:
         out, lse = sinking(out, lse, call.sink_logits[None])

@@ -119,7 +119,34 @@ def conduct() -> dict[str, bool]:
                 for other in results[1:]
                 for a, b in zip(results[0], other, strict=True)
             )
+    torch.set_num_threads(2)
+    for dtype in (F32, BF16):
+        for spec in ("full", "windowed(window=40)", "windowed(window=40, sinks=4)", "bigbird"):
+            for holes in (False, True):
+                found[f"{spec}, {dtype}, {holes}: a cache gives what one call does"] = _cached(
+                    spec, dtype, holes
+                )
     return found
+
+
+def _cached(spec: str, dtype: torch.dtype, holes: bool) -> bool:
+    mech = sa.mechanism(spec)
+    q, k, v = (x.detach() for x in qkv(330, 330, 4, 2, 16, dtype))
+    mask = mask_of((0, 9, 330), (20, 40, 330)) if holes else None
+    cache = mech.new_cache(2, 2, 16, 16, q_heads=4, dtype=dtype)
+    parts, at = [], 0
+    for n in (300, 1, 1, 5, 1, 22):
+        own = [x[:, :, at : at + n] for x in (q, k, v)]
+        new = None if mask is None else mask[:, at : at + n]
+        parts.append(
+            sa.attention(*own, mech, causal=True, cache=cache, impl="native", key_mask=new)
+        )
+        at += n
+    wide = [x.double() for x in (q, k, v)]
+    whole = sa.attention(*wide, mech, causal=True, impl="reference", key_mask=mask)
+    # Each output is a mean of values of about 1, of at most 4: sixteen of their last digits.
+    most = 16 * torch.finfo(dtype).eps
+    return (torch.cat(parts, dim=2) - whole).abs().max().item() <= most
 
 
 GROUPS = {f.__name__: f for f in (bands, lists, few, small)}

@@ -21,8 +21,8 @@ from . import plan
 MOST_WIDTH = 256  # of a head, for keys and for values
 MOST_TOKENS = 2**29  # sums of positions stay within int32
 ROWS, KEYS = 32, 64  # queries in a tile, keys in a block: ROWS and KEYS of source/call.h
-# `Call` of source/call.h: eight tensors of four numbers, 22 more, and two float64.
-_BLOCK = struct.Struct("=54q2d")
+# `Call` of source/call.h: eight tensors of four numbers, 23 more, and two float64.
+_BLOCK = struct.Struct("=55q2d")
 _NONE = (0, 0, 0, 0)
 # Of so few queries a tile would be mostly empty: rows are served one by one.
 _FEW_QUERIES = 8
@@ -36,6 +36,41 @@ def rows_of(x: Tensor) -> Tensor:
 def _place(x: Tensor) -> tuple[int, ...]:
     """Where the rows of x [B, H, n, width] lie: its address and the strides before the last."""
     return (x.data_ptr(), *x.stride()[:3])
+
+
+def is_exact(call: AttentionCall) -> bool:
+    """Whether so few pairs are computed that the rounding of single numbers would show."""
+    return call.dtype == torch.float32 and call.q_heads * call.n * call.m < FEW_PAIRS
+
+
+def pack(
+    call: AttentionCall,
+    made: plan.Plan,
+    batch: int,
+    tensors: tuple[Tensor, ...],
+    lse: Tensor,
+    grad_lse: Tensor | None = None,
+    mask: tuple[int, ...] = (0, 0, 0),
+) -> bytes:
+    """A call as kernels take it; all that it points to must outlive the call.
+
+    Args:
+        batch: rows of the batch that share the plan's runs.
+        tensors: q, k, v, out and, backward, the gradients of out, q, k and v.
+        mask: address and steps, from row to row and from query to query, of allowed keys.
+    """
+    places = [_place(x) for x in tensors] + [_NONE] * (8 - len(tensors))
+    return _BLOCK.pack(
+        *(number for place in places for number in place),
+        lse.data_ptr(),
+        0 if grad_lse is None else grad_lse.data_ptr(),
+        *(x.data_ptr() for x in made[:5]),
+        *mask,
+        *(len(made.tiles), batch, call.batch, call.q_heads, call.kv_heads, call.n, call.m),
+        *(call.head_dim, call.value_dim),
+        *(made.band, call.dtype == torch.bfloat16, is_exact(call), torch.get_num_threads()),
+        *(call.scale, call.softcap or 0.0),
+    )
 
 
 class _Launcher:
@@ -64,32 +99,12 @@ class _Launcher:
         return run.n == self.call.n if queries else run.m == self.call.m
 
     def block(
-        self,
-        made: plan.Plan,
-        out: Tensor,
-        lse: Tensor,
-        grads: tuple[Tensor, ...] = (),
-        grad_lse: Tensor | None = None,
+        self, made: plan.Plan, tensors: tuple[Tensor, ...], lse: Tensor, slope: Tensor | None = None
     ) -> bytes:
-        call, mask = self.call, self.key_mask
-        places = [_place(x) for x in (self.q, self.k, self.v, out, *grads)]
-        places += [_NONE] * (8 - len(places))
-        return _BLOCK.pack(
-            *(number for place in places for number in place),
-            lse.data_ptr(),
-            0 if grad_lse is None else grad_lse.data_ptr(),
-            *(x.data_ptr() for x in made[:5]),
-            *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))),
-            *(len(made.tiles), self.batch, call.batch, call.q_heads, call.kv_heads, call.n, call.m),
-            *(call.head_dim, call.value_dim),
-            *(made.band, self.q.dtype == torch.bfloat16, self.exact(), torch.get_num_threads()),
-            *(call.scale, call.softcap or 0.0),
-        )
-
-    def exact(self) -> bool:
-        """Whether so few pairs are computed that the rounding of single numbers would show."""
-        call = self.call
-        return self.q.dtype == torch.float32 and call.q_heads * call.n * call.m < FEW_PAIRS
+        mask = self.key_mask
+        place = (0, 0, 0) if mask is None else (mask.data_ptr(), mask.stride(0), 0)
+        given = (self.q, self.k, self.v, *tensors)
+        return pack(self.call, made, self.batch, given, lse, slope, place)
 
     def plan(self) -> plan.Plan:
         return plan.make(self.mechanism, self.call, self.runs, ROWS, KEYS)
@@ -104,9 +119,9 @@ class _Launcher:
             lse.fill_(-torch.inf)
         if self.runs and call.q_heads:
             made = self.plan()  # its tables must outlive the call
-            few = call.n <= _FEW_QUERIES or self.exact()
+            few = call.n <= _FEW_QUERIES or is_exact(call)
             kernel = "sparseattn_softmax_rows" if few else "sparseattn_softmax_forward"
-            library.call(kernel, self.block(made, out, lse))
+            library.call(kernel, self.block(made, (out,), lse))
         return out, lse
 
     def backward(
@@ -116,9 +131,9 @@ class _Launcher:
         dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (self.q, self.k, self.v))
         if self.runs and call.q_heads:
             made, lse, out = self.plan(), lse.contiguous(), rows_of(out)
-            grads = (rows_of(grad_out), dq, dk, dv)
+            tensors = (out, rows_of(grad_out), dq, dk, dv)
             slope = None if grad_lse is None else grad_lse.contiguous()
-            library.call("sparseattn_softmax_backward", self.block(made, out, lse, grads, slope))
+            library.call("sparseattn_softmax_backward", self.block(made, tensors, lse, slope))
         return dq, dk, dv
 
 

@@ -24,6 +24,7 @@ struct Call {
     int64_t lse, grad_lse;                        // [B, Hq, N] float32 in one piece; grad_lse or 0
     int64_t runs, tiles, cols, looks, masks;      // int32 tables
     int64_t key_mask, key_mask_row;               // bytes [B, M] where keys have holes, or 0
+    int64_t key_mask_query;                       // its step from query to query, for rows alone
     int64_t tile_count, batch, rows;              // batch: of each tile; rows: of the tensors
     int64_t q_heads, kv_heads, n, m, head_dim, value_dim;
     int64_t band, half, exact, threads;           // half: bfloat16; exact: rows in float64

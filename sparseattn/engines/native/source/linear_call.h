@@ -1,7 +1,7 @@
 // What Python says of a linear call, numbers as float or double, and products of either.
 #pragma once
 
-#include "call.h"
+#include "softmax_tile.h"
 
 namespace sparseattn {
 
@@ -118,28 +118,27 @@ static inline void widen_to(bf16 x, double& into) { into = double(widen(x)); }
 template <class T, class Real>
 static inline void turn_in(
     const T* at, int64_t stride, int64_t width, int64_t first, int64_t count, Real scale, Real* into) {
-    constexpr int BLOCK = 16;
-    Real held[CHUNK][BLOCK];
-    for (int64_t d = 0; d < width; d += BLOCK) {
-        const int64_t wide = std::min<int64_t>(BLOCK, width - d);
-        if (wide == BLOCK) {
-            for (int64_t i = 0; i < count; ++i)
-                for (int64_t e = 0; e < BLOCK; ++e) {
-                    widen_to(at[i * stride + d + e], held[first + i][e]);
-                    held[first + i][e] *= scale;
+    int64_t d = 0;
+    if constexpr (std::is_same_v<Real, float>) {
+        for (int64_t r = 0; r < CHUNK; r += LANES) {
+            for (d = 0; d + LANES <= width; d += LANES) {
+                vf square[LANES];
+                for (int64_t l = 0; l < LANES; ++l) {
+                    const int64_t i = r + l - first;
+                    square[l] = i >= 0 && i < count ? load_wide(at + i * stride + d) * scale : splat(0.0f);
                 }
-        } else {
-            for (int64_t i = 0; i < count; ++i)
-                for (int64_t e = 0; e < wide; ++e) {
-                    widen_to(at[i * stride + d + e], held[first + i][e]);
-                    held[first + i][e] *= scale;
-                }
+                transpose_lanes(square);
+                for (int64_t l = 0; l < LANES; ++l) store(into + (d + l) * CHUNK + r, square[l]);
+            }
         }
-        for (int64_t e = 0; e < wide; ++e) {
-            Real* row = into + (d + e) * CHUNK;
-            for (int64_t i = 0; i < first; ++i) row[i] = 0;
-            for (int64_t i = first; i < first + count; ++i) row[i] = held[i][e];
-            for (int64_t i = first + count; i < CHUNK; ++i) row[i] = 0;
+    }
+    for (; d < width; ++d) {
+        Real* row = into + d * CHUNK;
+        for (int64_t i = 0; i < CHUNK; ++i) row[i] = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            Real x;
+            widen_to(at[i * stride + d], x);
+            row[first + i] = x * scale;
         }
     }
 }
@@ -148,8 +147,22 @@ static inline void turn_in(
 template <class T, class Real>
 static inline void turn_out(
     const Real* from, int64_t width, int64_t first, int64_t count, T* at, int64_t stride) {
-    for (int64_t i = 0; i < count; ++i)
-        for (int64_t d = 0; d < width; ++d) narrow(float(from[d * CHUNK + first + i]), at[i * stride + d]);
+    int64_t d = 0;
+    if constexpr (std::is_same_v<Real, float>) {
+        for (int64_t r = first / LANES * LANES; r < first + count; r += LANES) {
+            for (d = 0; d + LANES <= width; d += LANES) {
+                vf square[LANES];
+                for (int64_t l = 0; l < LANES; ++l) square[l] = load(from + (d + l) * CHUNK + r);
+                transpose_lanes(square);
+                for (int64_t l = 0; l < LANES; ++l) {
+                    const int64_t i = r + l - first;
+                    if (i >= 0 && i < count) store_narrow(at + i * stride + d, square[l]);
+                }
+            }
+        }
+    }
+    for (; d < width; ++d)
+        for (int64_t i = 0; i < count; ++i) narrow(float(from[d * CHUNK + first + i]), at[i * stride + d]);
 }
 
 // Rows of a tensor as into [CHUNK][padded], whose padding is 0.

@@ -1,5 +1,6 @@
 // The C++ kernels of both engines: what Python calls. Every entry takes one block of 64-bit numbers
 // (pointers, strides and sizes as integers, then float64), whose order the launchers share.
+#include "linear_backward.h"
 #include "softmax_backward.h"
 #include "softmax_rows.h"
 
@@ -60,6 +61,22 @@ int64_t sparseattn_softmax_backward(const Call* call) {
 #else
         softmax_backward<bf16, InFloats>(*call);
 #endif
+    });
+}
+
+int64_t sparseattn_linear_size() { return int64_t(sizeof(LinearCall)); }
+
+int64_t sparseattn_linear_forward(const LinearCall* call) {
+    return guarded([&] {
+        if (call->half) return linear_forward<bf16, float>(*call);
+        call->wide ? linear_forward<float, double>(*call) : linear_forward<float, float>(*call);
+    });
+}
+
+int64_t sparseattn_linear_backward(const LinearCall* call) {
+    return guarded([&] {
+        if (call->half) return linear_backward<bf16, float>(*call);
+        call->wide ? linear_backward<float, double>(*call) : linear_backward<float, float>(*call);
     });
 }
 }

@@ -69,7 +69,7 @@ class RowsTask {
             const T* k = call_.k.template row<T>(b, kv, run.key + here.start);
             const T* v = call_.v.template row<T>(b, kv, run.key + here.start);
             for (int64_t r = 0; r < rows; ++r) {
-                const uint64_t seen = visible(here, run, first + r, r, allowed);
+                const uint64_t seen = visible(here, run, first + r, r, allowed ? allowed + (first + r) * call_.key_mask_query : nullptr);
                 if (seen == 0) continue;
                 for (int64_t g = 0; g < groups; ++g) add(room_ + (g * rows + r) * step, k, v, here.count, seen);
             }
