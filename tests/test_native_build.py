@@ -569,6 +569,56 @@ def test_building_ahead_with_sanitizers_is_another_library(
     assert "LD_PRELOAD" in refusal(tiny)
 
 
+PLANTED = """
+extern "C" long long sparseattn_native_abi() { return 1; }
+extern "C" long long sparseattn_sound(const int* x) { return x[0] + 1; }
+__attribute__((noipa)) int* made(int count) { return new int[count]; }
+extern "C" long long sparseattn_beyond(const int* x) {
+    int* room = made(4);
+    room[x[0]] = 1;
+    int found = room[0];
+    delete[] room;
+    return found > 9;
+}
+extern "C" long long sparseattn_overflow(const int* x) { return x[0] + 2147483647 == 7; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("sparseattn_sound", ""),
+        ("sparseattn_beyond", "heap-buffer-overflow"),
+        ("sparseattn_overflow", "signed integer overflow"),
+    ],
+)
+def test_sanitizers_see_what_is_planted(entry: str, words: str, tiny: Path, tmp_path: Path) -> None:
+    source = source_of(tmp_path / "planted", PLANTED)
+    found = []
+    for name in ("libasan.so", "libstdc++.so"):
+        asked = [*build.compiler(), f"-print-file-name={name}"]
+        found.append(subprocess.run(asked, capture_output=True, text=True).stdout.strip())
+    if not all(map(os.path.isabs, found)):
+        pytest.skip("no address sanitizer is installed")
+    script = f"""
+import pathlib, struct
+from sparseattn.engines.native import library
+opened = library.open_library(pathlib.Path({str(source)!r}))
+opened.cdll.{entry}(struct.pack("i", 4))
+print("unseen")
+"""
+    given = {
+        "SPARSEATTN_NATIVE_SANITIZE": "1",
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **given}, capture_output=True, text=True
+    )
+    assert words in done.stderr
+    assert (done.returncode == 0) == ("unseen" in done.stdout) == (words == "")
+
+
 def test_the_source_builds_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "sparseattn.engines.native"],
