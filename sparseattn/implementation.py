@@ -12,6 +12,7 @@ from .cache import Cache
 from .call import AttentionCall
 from .digits import wide
 from .engines import op
+from .engines.linear import in_native as _linear_in_native  # noqa: F401  (registers its kernel)
 from .engines.linear import in_torch as _linear_in_torch  # noqa: F401  (registers its kernel)
 from .engines.linear import in_triton as _linear_in_triton  # noqa: F401  (registers its kernel)
 from .engines.softmax import in_native as _softmax_in_native  # noqa: F401  (registers its kernel)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ...call import AttentionCall
 
 Function = Literal["identity", "elu_plus_one", "relu", "exp"]
 Lowered = Literal["most", "half_square"]
@@ -64,3 +68,30 @@ class FusedMap:
             return phi
         angle = positions[..., None].to(x.dtype) * self.turn
         return torch.cat([phi * angle.cos(), phi * angle.sin()], dim=-1)
+
+
+def in_words(mechanism: Any, call: AttentionCall) -> tuple[FusedMap, FusedMap] | None:
+    """The maps of queries and of keys that a mechanism declares, where they are alike; else None.
+
+    A subclass that gives another map, and does not say which, is not taken at its parent's word.
+    """
+    kind: Any = type(mechanism)
+    if not _says_so(kind):
+        return None
+    maps: tuple[FusedMap, FusedMap] | None = mechanism.fused_maps(call)
+    if maps is None:
+        return None
+    one, other = maps
+    alike = (one.function, one.turn) == (other.function, other.turn)
+    return maps if alike and one.projection is other.projection else None
+
+
+@lru_cache(maxsize=256)
+def _says_so(cls: type) -> bool:
+    """Whether `fused_maps` is of the class that gives the maps, or of a subclass."""
+
+    def place(method: str) -> int:
+        order = enumerate(cls.__mro__)
+        return next((i for i, one in order if method in one.__dict__), len(cls.__mro__))
+
+    return place("fused_maps") <= min(place("feature_map"), place("query_map"))

@@ -8,7 +8,6 @@ slabs along the positions of each run, so that memory does not grow with the len
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 from ...call import AttentionCall
 from ...digits import wide
 from ...runs import Run, trim_future
-from .maps import FusedMap
+from .maps import FusedMap, in_words
 from .sweeps import count_features
 from .triton_launcher import Launcher, States, carries, span
 
@@ -27,36 +26,16 @@ _SLAB_ELEMENTS = 2**26
 
 
 def declared(mechanism: Any, call: AttentionCall) -> tuple[FusedMap, FusedMap] | None:
-    """The maps that kernels can evaluate, of queries and of keys; None where torch must.
-
-    A subclass that gives another map, and does not say which, is not taken at its parent's word.
-    """
+    """The maps that these kernels can evaluate, of queries and of keys; None where torch must."""
     from .triton import config
 
-    kind: Any = type(mechanism)
-    if not _says_so(kind):
-        return None
-    maps: tuple[FusedMap, FusedMap] | None = mechanism.fused_maps(call)
+    maps = in_words(mechanism, call)
     if maps is None:
         return None
-    one, other = maps
-    alike = (one.function, one.turn) == (other.function, other.turn)
-    alike = alike and one.projection is other.projection
-    projected = one.projection is not None
-    if projected and (one.turn is not None or call.head_dim > config.MOST_PROJECTED):
+    projected = maps[0].projection is not None
+    if projected and (maps[0].turn is not None or call.head_dim > config.MOST_PROJECTED):
         return None
-    return maps if alike else None
-
-
-@lru_cache(maxsize=256)
-def _says_so(cls: type) -> bool:
-    """Whether `fused_maps` is of the class that gives the maps, or of a subclass."""
-
-    def place(method: str) -> int:
-        order = enumerate(cls.__mro__)
-        return next((i for i, one in order if method in one.__dict__), len(cls.__mro__))
-
-    return place("fused_maps") <= min(place("feature_map"), place("query_map"))
+    return maps
 
 
 class Fused:

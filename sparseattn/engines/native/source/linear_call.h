@@ -20,7 +20,7 @@ struct LinearCall {
     int64_t decay;                       // [Hq] float64, or 0
     int64_t q_heads, kv_heads, n, head_dim, value_dim, features;  // features: before a turn
     int64_t function, turned, q_most, k_most, normalize, causal;
-    int64_t half, wide, threads;         // half: bfloat16; wide: computed in float64
+    int64_t half, wide, threads;         // half: bfloat16; wide: float64, computed in; 2: and of inputs
     double q_scale, k_scale, turn, q_drop, k_drop;
 
     int64_t groups() const { return q_heads / kv_heads; }
@@ -41,8 +41,9 @@ constexpr int CHUNK = SPARSEATTN_WIDTH == 16 ? 32 : 48;
 constexpr int SPAN = SPARSEATTN_WIDTH == 16 ? 24 : 16;
 constexpr int64_t SPANNED = int64_t(CHUNK) * SPAN;
 
+typedef double vd __attribute__((vector_size(4 * LANES)));
 template <class Real>
-using Lane = Real __attribute__((vector_size(4 * LANES)));
+using Lane = std::conditional_t<std::is_same_v<Real, float>, vf, vd>;
 template <class Real>
 constexpr int WIDTH = 4 * LANES / int(sizeof(Real));
 static_assert(CHUNK % LANES == 0, "a chunk is whole vectors");
@@ -70,7 +71,6 @@ template <int ROWS_, int VECTORS_, bool ADD>
 static inline __attribute__((always_inline)) void wide_tile(
     const double* a, int64_t rows, int64_t steps, const double* b, int64_t b_row, double* c,
     int64_t c_row, int64_t count) {
-    typedef Lane<double> vd;
     vd sum[ROWS_][VECTORS_];
     for (int i = 0; i < ROWS_; ++i)
         for (int v = 0; v < VECTORS_; ++v) sum[i][v] = vd{};
@@ -110,8 +110,15 @@ static inline void multiply(
 
 static inline void widen_to(float x, float& into) { into = x; }
 static inline void widen_to(float x, double& into) { into = double(x); }
+static inline void widen_to(double x, double& into) { into = x; }
 static inline void widen_to(bf16 x, float& into) { into = widen(x); }
-static inline void widen_to(bf16 x, double& into) { into = double(widen(x)); }
+
+template <class Real>
+static inline void narrow_to(Real x, double& into) { into = double(x); }
+template <class Real>
+static inline void narrow_to(Real x, float& into) { into = float(x); }
+template <class Real>
+static inline void narrow_to(Real x, bf16& into) { narrow(float(x), into); }
 
 // Rows [count][width] of a tensor, whose next row is `stride` elements on, as columns of
 // into [width][CHUNK], times `scale`; columns from `first` on, 0 in all others.
@@ -162,7 +169,7 @@ static inline void turn_out(
         }
     }
     for (; d < width; ++d)
-        for (int64_t i = 0; i < count; ++i) narrow(float(from[d * CHUNK + first + i]), at[i * stride + d]);
+        for (int64_t i = 0; i < count; ++i) narrow_to(from[d * CHUNK + first + i], at[i * stride + d]);
 }
 
 // Rows of a tensor as into [CHUNK][padded], whose padding is 0.

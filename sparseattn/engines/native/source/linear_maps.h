@@ -10,16 +10,16 @@ enum Function : int64_t { IDENTITY = 0, ELU_PLUS_ONE = 1, RELU = 2, EXP = 3 };
 
 // exp, from 0 to infinity, NaN for NaN: reduced to |r| <= ln 2 / 2 by an ln 2 in two parts, so that
 // nothing of a great exponent is lost.
-static inline Lane<float> expv(Lane<float> x) {
+static inline vf expv(vf x) {
     const float shift = 12582912.0f;
-    Lane<float> held = x < -104.0f ? splat(-104.0f) : x;
+    vf held = x < -104.0f ? splat(-104.0f) : x;
     held = held > 89.0f ? splat(89.0f) : held;
-    Lane<float> moved = held * LOG2E + shift;
-    Lane<float> n = moved - shift;
-    Lane<float> r = held - n * 0.693145751953125f;
+    vf moved = held * LOG2E + shift;
+    vf n = moved - shift;
+    vf r = held - n * 0.693145751953125f;
     r = r - n * 1.42860682030941723212e-6f;
-    Lane<float> f = r * LOG2E;
-    Lane<float> p = 0x1.41d334p-13f * f + 0x1.5f456ap-10f;
+    vf f = r * LOG2E;
+    vf p = 0x1.41d334p-13f * f + 0x1.5f456ap-10f;
     p = p * f + 0x1.3b2dbcp-7f;
     p = p * f + 0x1.c6aed4p-5f;
     p = p * f + 0x1.ebfbdap-3f;
@@ -30,8 +30,7 @@ static inline Lane<float> expv(Lane<float> x) {
     return p * (vf)((half + 127) << 23) * (vf)((power - half + 127) << 23);
 }
 
-static inline Lane<double> expv(Lane<double> x) {
-    typedef Lane<double> vd;
+static inline vd expv(vd x) {
     typedef int64_t vl __attribute__((vector_size(4 * LANES)));
     const double shift = 0x1.8p52;
     vd low = vd{} - 746.0, high = vd{} + 710.0;

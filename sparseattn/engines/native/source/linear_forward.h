@@ -1,0 +1,206 @@
+// Linear attention, forward: a chunk's pairs weighed one by one, all that is before it through a state.
+#pragma once
+
+#include <memory>
+
+#include "linear_chunk.h"
+
+namespace sparseattn {
+
+template <class T, class Real>
+class LinearForward {
+   public:
+    typedef Lane<Real> V;
+    static constexpr int W = WIDTH<Real>;
+
+    LinearForward(const LinearCall& call, const Turns<Real>& turns, int64_t state)
+        : chunk(call, turns), state_(state * int64_t(sizeof(Real))) {}
+
+    static Shape shape(const LinearCall& call) {
+        return Shape{call.all_features(), round_up(call.value_dim, LANES), 1};
+    }
+
+    int64_t key_head(const Unit& unit) const { return chunk.decays() ? unit.head / chunk.call.groups() : unit.head; }
+
+    // A causal span: adds its keys to `own`, and where `serving` writes what its queries see.
+    template <class Serve>
+    void span(const Unit& unit, int64_t start, Real* own, bool last, const Serve& serve) {
+        const LinearRun& run = *unit.run;
+        chunk.decay_of(unit.head);
+        for (int64_t since = 0; since < SPANNED; since += CHUNK) {
+            const Places at = places_of(run, start + since);
+            if (at.keys) {
+                chunk.load_keys(run, unit.batch, key_head(unit), at.start, at.keys, at.start);
+                chunk.load_values(run, unit.batch, key_head(unit), at.start, at.keys);
+            }
+            serve(at, since);
+            if (last && start + since + CHUNK >= std::max(run.keys, run.offset + run.queries)) return;
+            if (at.keys)
+                chunk.add(chunk.k_phi, chunk.v, chunk.v_row, nullptr, at.keys, false, own);
+            else if (chunk.decays())
+                for (int64_t i = 0; i < shape(chunk.call).size(); ++i) own[i] *= chunk.power(CHUNK);
+        }
+    }
+
+    void sum_causal(const Unit& unit, int64_t start, Real* own) {
+        span(unit, start, own, false, [](const Places&, int64_t) {});
+    }
+
+    void serve_causal(const Unit& unit, int64_t start, const Real* met, Real* own, bool last) {
+        span(unit, start, own, last, [&](const Places& at, int64_t since) {
+            if (!at.queries.count) return;
+            const Real* state = chunk.meet(met, own, since, shape(chunk.call).size(), static_cast<Real*>(state_.grow(0)));
+            for_heads(unit, [&](int64_t h) {
+                write(unit, h, at.start - unit.run->offset + at.queries.first, at.queries, at.start, at.keys, state);
+            });
+        });
+    }
+
+    void sum_all(const Unit& unit, int64_t start, Real* own) {
+        const LinearRun& run = *unit.run;
+        for (int64_t at = start; at < std::min(run.keys, start + SPANNED); at += CHUNK) {
+            const int64_t keys = std::min<int64_t>(CHUNK, run.keys - at);
+            chunk.load_keys(run, unit.batch, unit.head, at, keys, at);
+            chunk.load_values(run, unit.batch, unit.head, at, keys);
+            chunk.add(chunk.k_phi, chunk.v, chunk.v_row, nullptr, keys, false, own);
+        }
+    }
+
+    void serve_all(const Unit& unit, int64_t start, const Real* met) {
+        const LinearRun& run = *unit.run;
+        for (int64_t at = start; at < std::min(run.queries, start + SPANNED); at += CHUNK) {
+            const Part part{0, std::min<int64_t>(CHUNK, run.queries - at)};
+            for_heads(unit, [&](int64_t h) { write(unit, h, at, part, run.offset + at, 0, met); });
+        }
+    }
+
+    // The query heads of a unit.
+    template <class F>
+    void for_heads(const Unit& unit, const F& f) {
+        if (chunk.decays()) return f(unit.head);
+        const int64_t groups = chunk.call.groups();
+        for (int64_t h = unit.head * groups; h < (unit.head + 1) * groups; ++h) f(h);
+    }
+
+    // Sums of the weights of the queries at hand, into chunk.sums, of the pairs in chunk.pairs.
+    void add_pairs(int64_t keys) {
+        for (int64_t i = 0; i < CHUNK; i += W) {
+            V sum = pick(chunk.sums + i);
+            for (int64_t j = 0; j < keys; ++j) sum += pick(chunk.pairs + j * CHUNK + i);
+            put(chunk.sums + i, sum);
+        }
+    }
+
+    void add_state(const Real* state) {
+        for (int64_t i = 0; i < CHUNK; i += W) {
+            V sum = V{};
+            if (state)
+                for (int64_t g = 0; g < chunk.ff; ++g) sum += pick(chunk.q_phi + g * CHUNK + i) * state[chunk.ff * chunk.e + g];
+            put(chunk.sums + i, sum);
+        }
+        chunk.fade(chunk.sums, 1, false);
+    }
+
+    Chunk<T, Real> chunk;
+
+   private:
+    void write(const Unit& unit, int64_t h, int64_t row, Part part, int64_t position, int64_t keys, const Real* state) {
+        const LinearRun& run = *unit.run;
+        const LinearCall& call = chunk.call;
+        const int64_t e = chunk.e, ff = chunk.ff;
+        Real* out = chunk.rows;
+        chunk.load_queries(run, unit.batch, h, row, part, position);
+        if (state)
+            multiply<false>(part.count, e, ff, Left<Real>{chunk.q_phi + part.first, 1, CHUNK}, state, e, out + part.first * e, e);
+        else
+            std::fill(out + part.first * e, out + part.stop() * e, Real(0));
+        if (state && chunk.decays())
+            for (int64_t i = part.first; i < part.stop(); ++i)
+                for (int64_t c = 0; c < e; ++c) out[i * e + c] *= chunk.power(i);
+        if (call.normalize) add_state(state);
+        if (keys) {
+            chunk.weigh(chunk.k_phi, Part{0, keys}, chunk.q_phi, ff, Chunk<T, Real>::late, chunk.pairs);
+            if (call.normalize) add_pairs(keys);
+            // Where a NaN stands among the keys, a 0 does not keep it from the queries before it.
+            const int64_t step = chunk.finite(keys) ? Chunk<T, Real>::PANEL : 1;
+            for (int64_t i = part.first, next; i < part.stop(); i = next) {
+                next = std::min(part.stop(), i / step * step + step);
+                multiply<true>(next - i, e, std::min(keys, next), Left<Real>{chunk.pairs + i, 1, CHUNK}, chunk.v, chunk.v_row, out + i * e, e);
+            }
+        }
+        T* to = call.out.row<T>(unit.batch, h, run.query + row);
+        double* lengths = call.length ? call.length_row(unit.batch, h, run.query + row) : nullptr;
+        for (int64_t i = 0; i < part.count; ++i) {
+            const Real sum = call.normalize ? chunk.sums[part.first + i] : Real(1);
+            if (lengths) lengths[i] = double(sum);
+            write_row(out + (part.first + i) * e, sum == Real(0) ? Real(INF) : sum, to + i * call.out.token);
+        }
+    }
+
+    void write_row(const Real* from, Real sum, T* to) {
+        int64_t c = 0;
+        if constexpr (std::is_same_v<Real, float>) {
+            const float by = 1.0f / sum;
+            if (std::abs(by) < 1e30f)  // what has no such inverse, like a NaN, is divided by itself
+                for (; c + LANES <= chunk.dv; c += LANES) store_narrow(to + c, load(from + c) * by);
+        }
+        for (; c < chunk.dv; ++c) narrow_to(from[c] / sum, to[c]);
+    }
+
+    Room state_;
+};
+
+// One worker's object for each thread, made where it is first needed.
+template <class Worker, class Make>
+class Workers {
+   public:
+    Workers(int64_t threads, const Make& make) : make_(make), all_(size_t(threads)) {}
+    Worker& operator[](int64_t worker) {
+        if (!all_[size_t(worker)]) all_[size_t(worker)] = make_();
+        return *all_[size_t(worker)];
+    }
+
+   private:
+    const Make& make_;
+    std::vector<std::unique_ptr<Worker>> all_;
+};
+
+static inline int64_t most_positions(const LinearCall& call) {
+    int64_t most = 0;
+    for (int64_t r = 0; r < call.run_count; ++r) {
+        const LinearRun& run = call.run(r);
+        most = std::max({most, run.keys, std::min(run.offset + run.queries, 4 * (run.keys + run.queries))});
+    }
+    return most + CHUNK;
+}
+
+static inline auto decay_of_heads(const LinearCall& call, int64_t groups) {
+    return [&call, groups](const Unit& unit, int64_t part) {
+        return call.decay ? reinterpret_cast<const double*>(call.decay)[unit.head * groups + part] : 1.0;
+    };
+}
+
+template <class T, class Real>
+static inline void linear_forward(const LinearCall& call) {
+    typedef LinearForward<T, Real> Worker;
+    const Turns<Real> turns(call, most_positions(call));
+    const Shape shape = Worker::shape(call);
+    auto make = [&] { return std::make_unique<Worker>(call, turns, shape.size()); };
+    Workers<Worker, decltype(make)> workers(std::max<int64_t>(1, call.threads), make);
+    const std::vector<Unit> units = units_of(call, call.decay ? call.q_heads : call.kv_heads);
+    if (call.causal)
+        sweep<Real>(
+            call.threads, units, shape, false, decay_of_heads(call, 1),
+            [&](const Unit& u, int64_t start, Real* own, int64_t w) { workers[w].sum_causal(u, start, own); },
+            [&](const Unit& u, int64_t start, const Real* met, Real* own, bool last, int64_t w) {
+                workers[w].serve_causal(u, start, met, own, last);
+            });
+    else
+        gather<Real>(
+            call.threads, units, shape, [](const Unit& u) { return u.run->keys; },
+            [](const Unit& u) { return u.run->queries; },
+            [&](const Unit& u, int64_t start, Real* own, int64_t w) { workers[w].sum_all(u, start, own); },
+            [&](const Unit& u, int64_t start, const Real* met, int64_t w) { workers[w].serve_all(u, start, met); });
+}
+
+}  // namespace sparseattn
