@@ -1,10 +1,11 @@
-"""How fast the pure-PyTorch implementations are beside their peers: ratios from one process.
+"""How fast the implementations are beside their peers on a CPU: ratios from one process.
 
-    python benchmarks/targets.py [--only WORD] [--rounds 9] [--json PATH]
+    python benchmarks/targets.py [--only WORD] [--impl torch native] [--rounds 9] [--json PATH]
 
-Each line races a call of this package against a peer: the runs alternate, in shuffled order, after
-a warm-up of both, and the ratio of the medians is printed beside the target that we hold ourselves
-to. Every output is checked against the definition by the usual budget before a ratio is printed.
+Each case races one call of this package, by each implementation, against a peer: the runs
+alternate, in shuffled order, after a warm-up of all, and the ratio of the medians is printed beside
+the target that we hold ourselves to. Every output is checked against the definition by the usual
+budget before a ratio is printed. `targets_page.py` makes docs/performance.md of what is stored.
 Peers that are not installed are left out, and said so: `pip install performer-pytorch`.
 
 Times of a shared machine drift; the ratio of one run drifts less, and its spread is shown.
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +29,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparseattn as sa
+from sparseattn.engines.native import library
 from sparseattn.harness import manifest, measure, store
 from sparseattn.layout import Grid
 from sparseattn.testing import budgets
 
 Run = Callable[[], Any]
 THREADS = 2
+IMPLS = ("torch", "native")
 
 
 @dataclass
 class Case:
-    """A race: `ours` against `peer`, and the least ratio `peer / ours` that we want."""
+    """A race: `ours` by each implementation against `peer`.
+
+    Attributes:
+        targets: the least ratio `peer / ours` that we want of each of `IMPLS`; None where none is
+            set. An implementation beyond the last is left out.
+        checked: raises where an implementation's numbers are wrong.
+    """
 
     name: str
     peer_name: str
-    target: float
-    ours: Run
+    targets: tuple[float | None, ...]
+    ours: Callable[[str], Any]
     peer: Run
+    checked: Callable[[str], None] = lambda impl: None
 
 
-def race(ours: Run, peer: Run, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of each, in rounds of both."""
-    runs, seconds = (ours, peer), ([], [])  # type: tuple[Run, Run], tuple[list[float], list[float]]
+def race(runs: list[Run], rounds: int) -> list[list[float]]:
+    """Seconds of each, in rounds of all."""
+    seconds: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run()
     for _ in range(rounds):
-        for at in random.sample((0, 1), 2):
+        for at in random.sample(range(len(runs)), len(runs)):
             start = time.perf_counter()
             runs[at]()
             seconds[at].append(time.perf_counter() - start)
@@ -64,70 +75,86 @@ def tensors(n: int, dtype: torch.dtype, dim: int = 64, heads: int = 8) -> tuple[
     return tuple(torch.randn(1, heads, n, dim, generator=g).to(dtype) for _ in range(3))
 
 
-def check(mechanism: sa.Mechanism, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> None:
+def check(
+    mechanism: sa.Mechanism, q: Tensor, k: Tensor, v: Tensor, impl: str, **given: Any
+) -> None:
     """The last 128 rows of a call, by the budget of the package."""
-    out = sa.attention(q, k, v, mechanism, impl="torch", **given)[:, :, -128:]
+    with torch.no_grad():
+        out = sa.attention(q, k, v, mechanism, impl=impl, **given)[:, :, -128:]
     call = sa.AttentionCall.make(q, k, v, **given).take_rows(slice(q.shape[2] - 128, None))
     error, budget = budgets.arithmetic(mechanism, q[:, :, -128:], k, v, call, out)
     if not error <= budget:
-        raise SystemExit(f"{mechanism!r}: arithmetic error {error:.3g} over {budget:.3g}")
+        raise SystemExit(f"{mechanism!r}, {impl}: arithmetic error {error:.3g} over {budget:.3g}")
 
 
 def name_of(dtype: torch.dtype) -> str:
     return "fp32" if dtype == torch.float32 else "bf16"
 
 
-def windows() -> Iterator[Case]:
-    for dtype, causal_target, both_target in ((torch.float32, 9, 18), (torch.bfloat16, 8, 19)):
-        q, k, v = tensors(8192, dtype)
-        causal, both = sa.mechanism("windowed(window=256)"), sa.mechanism("windowed(window=129)")
-        check(causal, q, k, v, causal=True)
-        check(both, q, k, v)
-        yield Case(
-            f"window 256, causal, N=8192, {name_of(dtype)}",
-            "SDPA causal",
-            causal_target,
-            lambda q=q, k=k, v=v, m=causal: sa.attention(q, k, v, m, causal=True, impl="torch"),
-            lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        )
-        yield Case(
-            f"window +-128, N=8192, {name_of(dtype)}",
-            "SDPA",
-            both_target,
-            lambda q=q, k=k, v=v, m=both: sa.attention(q, k, v, m, impl="torch"),
-            lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v),
-        )
-    q, k, v = (x.requires_grad_() for x in tensors(16384, torch.float32))
-    grad = torch.randn_like(v)
-    yield Case(
-        "window 256, causal, forward + backward, N=16384, fp32",
-        "SDPA causal",
-        15,
-        lambda: torch.autograd.grad(
-            sa.attention(q, k, v, "windowed(window=256)", causal=True, impl="torch"),
-            (q, k, v),
-            grad,
-        ),
-        lambda: torch.autograd.grad(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), grad
-        ),
+def attend(
+    name: str,
+    mechanism: sa.Mechanism,
+    x: tuple[Tensor, ...],
+    targets: tuple[float | None, ...],
+    peer: tuple[str, Run],
+    backward: bool = False,
+    **given: Any,
+) -> Case:
+    """A case of one call of `attention`, forward or with its gradients."""
+    grad = torch.randn_like(x[2])
+
+    def ours(impl: str) -> Any:
+        out = sa.attention(*x, mechanism, impl=impl, **given)
+        return torch.autograd.grad(out, x, grad) if backward else out
+
+    return Case(
+        f"{name}, N={x[0].shape[2]}, {name_of(x[0].dtype)}",
+        peer[0],
+        targets,
+        ours,
+        peer[1],
+        lambda impl: check(mechanism, *x, impl, **given),
     )
+
+
+def sdpa(x: tuple[Tensor, ...], causal: bool, backward: bool = False) -> tuple[str, Run]:
+    """torch's own exact attention."""
+    grad = torch.randn_like(x[2])
+
+    def run() -> Any:
+        out = F.scaled_dot_product_attention(*x, is_causal=causal)
+        return torch.autograd.grad(out, x, grad) if backward else out
+
+    return "SDPA causal" if causal else "SDPA", run
+
+
+def windows() -> Iterator[Case]:
+    causal, both = sa.mechanism("windowed(window=256)"), sa.mechanism("windowed(window=129)")
+    for dtype, first, second in (
+        (torch.float32, (9, 18), (18, 34)),
+        (torch.bfloat16, (8, 32), (19, 50)),
+    ):
+        x = tensors(8192, dtype)
+        yield attend("window 256, causal", causal, x, first, sdpa(x, True), causal=True)
+        yield attend("window +-128", both, x, second, sdpa(x, False))
+    for dtype, targets in ((torch.float32, (15, 32)), (torch.bfloat16, (None, 50))):
+        x = tuple(y.requires_grad_() for y in tensors(16384, dtype))
+        name = "window 256, causal, forward + backward"
+        yield attend(name, causal, x, targets, sdpa(x, True, True), backward=True, causal=True)
     for window in (256, 1024):
-        q, k, v = tensors(2 * window, torch.float32)
+        x = tensors(2 * window, torch.float32)
         mech = sa.mechanism("windowed", window=window)
-        check(mech, q, k, v, causal=True)
-        yield Case(
-            f"window {window}, causal, N={2 * window}, fp32",
-            "full",
-            1.2,
-            lambda q=q, k=k, v=v, m=mech: sa.attention(q, k, v, m, causal=True, impl="torch"),
-            lambda q=q, k=k, v=v: sa.attention(q, k, v, "full", causal=True, impl="torch"),
-        )
+        for impl, factor in (("torch", 2.0), ("native", 1.5)):
+            x = tensors(int(factor * window), torch.float32)
+            peer = partial(sa.attention, *x, "full", causal=True, impl=impl)
+            targets = (1.2,) if impl == "torch" else (None, 1.2)
+            yield attend(
+                f"window {window}, causal", mech, x, targets, (f"full, {impl}", peer), causal=True
+            )
 
 
 def block_sparse() -> Iterator[Case]:
     n, size = 4096, 64
-    q, k, v = tensors(n, torch.float32)
     rows = n // size
     for density in (0.1, 0.25, 0.5):
         g = torch.Generator().manual_seed(0)
@@ -137,15 +164,12 @@ def block_sparse() -> Iterator[Case]:
         indptr = [0, *counts.cumsum(0).tolist()]
         layout = sa.BlockLayout(indptr, kept.nonzero()[:, 1].tolist(), size)
         mech = sa.mechanism("block_sparse", layout=layout)
-        check(mech, q, k, v)
         real = float(kept.float().mean())
-        yield Case(
-            f"64-blocks at density {real:.1%}, N={n}, fp32",
-            "SDPA",
-            0.6 / real,
-            lambda m=mech: sa.attention(q, k, v, m, impl="torch"),
-            lambda: F.scaled_dot_product_attention(q, k, v),
-        )
+        for dtype, native in ((torch.float32, 1.2), (torch.bfloat16, 2.1)):
+            x = tensors(n, dtype)
+            torch_target = 0.6 / real if dtype == torch.float32 else None
+            targets = (torch_target, native / real)
+            yield attend(f"64-blocks at density {real:.1%}", mech, x, targets, sdpa(x, False))
 
 
 @dataclass(frozen=True)
@@ -160,28 +184,14 @@ class ReadyMade(sa.KernelizedLinear):
 
 def linear() -> Iterator[Case]:
     n = 8192
-    for features, target in ((64, 14.0), (256, 5.5)):
-        q, k, v = tensors(n, torch.float32)
-        fq, fk, _ = (x.abs() + 0.1 for x in tensors(n, torch.float32, dim=features))
-        check(ReadyMade(), fq, fk, v, causal=True)
-        yield Case(
-            f"causal linear, {features} features ready made, N={n}, fp32",
-            "SDPA causal",
-            target,
-            lambda fq=fq, fk=fk, v=v: sa.attention(
-                fq, fk, v, ReadyMade(), causal=True, impl="torch"
-            ),
-            lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        )
     q, k, v = tensors(n, torch.float32)
-    check(sa.mechanism("linear"), q, k, v, causal=True)
-    yield Case(
-        f"causal linear, elu + 1, N={n}, fp32",
-        "SDPA causal",
-        12,
-        lambda: sa.attention(q, k, v, "linear", causal=True, impl="torch"),
-        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-    )
+    peer = sdpa((q, k, v), True)
+    for features, targets in ((64, (14, 45)), (256, (5.5, 15))):
+        fq, fk, _ = (x.abs() + 0.1 for x in tensors(n, torch.float32, dim=features))
+        name = f"causal linear, {features} features ready made"
+        yield attend(name, ReadyMade(), (fq, fk, v), targets, peer, causal=True)
+    mech = sa.mechanism("linear")
+    yield attend("causal linear, elu + 1", mech, (q, k, v), (12, 32), peer, causal=True)
     try:
         from performer_pytorch.performer_pytorch import (  # type: ignore[import-not-found]
             gaussian_orthogonal_random_matrix,
@@ -190,51 +200,76 @@ def linear() -> Iterator[Case]:
     except ImportError:
         print("performer-pytorch is not installed: its feature map is left out", file=sys.stderr)
         return
-    mech = sa.mechanism("performer(features=256)")
+    mech: Any = sa.mechanism("performer(features=256)")
     call = sa.AttentionCall.make(q, k, v, causal=True)
     positions = torch.arange(n)[None]
     projection = gaussian_orthogonal_random_matrix(256, 64)
     yield Case(
         f"FAVOR+ map, 256 features, N={n}, fp32",
         "performer-pytorch",
-        3,
-        lambda: mech.query_map(q, positions, call),
+        (3,),
+        lambda impl: mech.query_map(q, positions, call),
         lambda: softmax_kernel(q, projection_matrix=projection, is_query=True),
     )
 
 
 def dense() -> Iterator[Case]:
-    for causal in (True, False):
-        q, k, v = tensors(4096, torch.float32)
-        check(sa.mechanism("full"), q, k, v, causal=causal)
-        yield Case(
-            f"full, {'causal' if causal else 'not causal'}, N=4096, fp32",
-            "SDPA",
-            1,
-            lambda q=q, k=k, v=v, c=causal: sa.attention(q, k, v, causal=c, impl="torch"),
-            lambda q=q, k=k, v=v, c=causal: F.scaled_dot_product_attention(q, k, v, is_causal=c),
-        )
+    full = sa.mechanism("full")
+    for n in (1024, 4096, 16384):
+        for dtype in (torch.float32, torch.bfloat16):
+            for causal in (True, False):
+                half = dtype == torch.bfloat16
+                native = (2.3 if causal else 2.1) if half else (1.3 if causal else 1.08)
+                torch_target = 1.0 if n == 4096 and not half else None
+                for backward in (False, True):
+                    if backward and n == 16384:
+                        continue  # minutes: 4,096 shows it
+                    x = tensors(n, dtype)
+                    if backward:
+                        x = tuple(y.requires_grad_() for y in x)
+                    name = f"full, {'causal' if causal else 'not causal'}"
+                    name += ", forward + backward" if backward else ""
+                    targets = (None, 1.0) if backward else (torch_target, native)
+                    yield attend(
+                        *(name, full, x, targets, sdpa(x, causal, backward), backward),
+                        causal=causal,
+                    )
 
 
 # What is measured, its value, and what it may be at most.
 Limit = tuple[str, float | None, float]
 
 
+def bare_native(q: Tensor, k: Tensor, v: Tensor) -> Run:
+    """The C++ kernel of a causal call, alone."""
+    heard: list[tuple[str, bytes]] = []
+    before, library.call = library.call, lambda name, block: heard.append((name, block))
+    try:
+        kept = sa.attention(q, k, v, causal=True, impl="native", return_lse=True)
+    finally:
+        library.call = before
+    # What the block points to lives as long as `kept` and the kept plan do.
+    return lambda kept=kept: before(*heard[0])
+
+
 def overhead(rounds: int) -> Iterator[Limit]:
-    """Microseconds that a public call costs beyond torch's kernel, at N = 128."""
+    """Microseconds that a public call costs beyond its kernel, at N = 128."""
     q, k, v = tensors(128, torch.float32)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
     def many(run: Run) -> Run:
         return lambda: [run() for _ in range(50)]
 
-    ours, bare = race(
-        many(lambda: sa.attention(q, k, v, "full", causal=True, impl="torch")),
-        many(lambda: kernel(q, k, v, 0.0, True)),
-        rounds,
-    )
-    extra = [1e6 * (a - b) / 50 for a, b in zip(ours, bare, strict=True)]
-    yield "us", statistics.median(extra), 60.0
+    # A causal call without gradients; torch's kernel and ours are called with what it calls them.
+    bare: dict[str, Run] = {"torch": lambda: kernel(q, k, v, 0.0, True)}
+    if not library.missing():
+        bare["native"] = bare_native(q, k, v)
+    for impl, most in (("torch", 60.0), ("native", 30.0)):
+        if impl in bare:
+            call = partial(sa.attention, q, k, v, "full", causal=True, impl=impl)
+            ours, alone = race([many(call), many(bare[impl])], rounds)
+            extra = [1e6 * (a - b) / 50 for a, b in zip(ours, alone, strict=True)]
+            yield f"{impl}, us", statistics.median(extra), most
 
 
 def layouts(rounds: int) -> Iterator[Limit]:
@@ -256,13 +291,12 @@ def memory(_: int) -> Iterator[Limit]:
     q, k, v = tensors(65536, torch.float32)
     mech = sa.mechanism("windowed(window=256)")
 
-    def run() -> Tensor:
-        return sa.attention(q, k, v, mech, causal=True, impl="torch")
-
-    run()
-    peak = measure.peak_bytes(run, torch.device("cpu"))
-    size = 4 * q.numel() * q.element_size()
-    yield "peak over inputs + outputs", None if peak is None else peak / size, 2.0
+    for impl in available():
+        run = partial(sa.attention, q, k, v, mech, causal=True, impl=impl)
+        run()
+        peak = measure.peak_bytes(run, torch.device("cpu"))
+        size = 4 * q.numel() * q.element_size()
+        yield f"{impl}, peak over inputs + outputs", None if peak is None else peak / size, 2.0
 
 
 LIMITS: dict[str, Callable[[int], Iterator[Limit]]] = {
@@ -272,44 +306,73 @@ LIMITS: dict[str, Callable[[int], Iterator[Limit]]] = {
 }
 
 
+def available() -> list[str]:
+    """The implementations that this machine has."""
+    return [impl for impl in IMPLS if impl != "native" or not library.missing()]
+
+
+def measured(case: Case, impls: list[str], rounds: int) -> Iterator[dict[str, Any]]:
+    """The rows of a case: one for each implementation that it has a place for."""
+    taken = [
+        (impl, target)
+        for impl, target in zip(IMPLS, case.targets, strict=False)
+        if impl in impls and not (target is None and len(case.targets) > 1 and impl == "torch")
+    ]
+    served = []
+    for impl, target in taken:
+        try:
+            case.checked(impl)
+        except sa.UnsupportedCallError as error:
+            print(f"{case.name}: {impl} is left out: {error.reasons[0]}", file=sys.stderr)
+            continue
+        served.append((impl, target))
+    if not served:
+        return
+    *ours, peer = race([*(partial(case.ours, impl) for impl, _ in served), case.peer], rounds)
+    for (impl, target), own in zip(served, ours, strict=True):
+        each = sorted(p / o for p, o in zip(peer, own, strict=True))
+        yield {
+            "name": case.name,
+            "peer": case.peer_name,
+            "impl": impl,
+            "ratio": statistics.median(peer) / statistics.median(own),
+            "quartiles": [each[len(each) // 4], each[(3 * len(each)) // 4]],
+            "target": target,
+            "ours_s": statistics.median(own),
+            "peer_s": statistics.median(peer),
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--impl", nargs="+", default=list(IMPLS), choices=IMPLS)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="store the results there")
     given = parser.parse_args()
     torch.set_num_threads(THREADS)
     rows: list[dict[str, Any]] = []
-    print(f"{'case':58}{'beside':20}{'ratio':>8}{'spread':>14}{'target':>8}")
+    impls = [impl for impl in available() if impl in given.impl]
+    print(f"{'case':58}{'beside':16}{'impl':8}{'ratio':>8}{'spread':>14}{'target':>8}")
     for group in (windows, block_sparse, linear, dense):
         for case in group():
             if given.only not in case.name:
                 continue
-            ours, peer = race(case.ours, case.peer, given.rounds)
-            ratio = statistics.median(peer) / statistics.median(ours)
-            each = sorted(p / o for p, o in zip(peer, ours, strict=True))
-            low, high = each[len(each) // 4], each[(3 * len(each)) // 4]
-            print(
-                f"{case.name:58}{case.peer_name:20}{ratio:8.2f}{f'{low:.2f}-{high:.2f}':>14}"
-                f"{case.target:8.2f}{'' if ratio >= case.target else '  short'}",
-                flush=True,
-            )
-            rows.append(
-                {
-                    "name": case.name,
-                    "peer": case.peer_name,
-                    "ratio": ratio,
-                    "quartiles": [low, high],
-                    "target": case.target,
-                    "ours_s": statistics.median(ours),
-                    "peer_s": statistics.median(peer),
-                }
-            )
+            for row in measured(case, impls, given.rounds):
+                low, high = row["quartiles"]
+                target = row["target"]
+                print(
+                    f"{case.name:58}{case.peer_name:16}{row['impl']:8}{row['ratio']:8.2f}"
+                    f"{f'{low:.2f}-{high:.2f}':>14}{'-' if target is None else f'{target:.2f}':>8}"
+                    f"{'' if target is None or row['ratio'] >= target else '  short'}",
+                    flush=True,
+                )
+                rows.append(row)
     print(f"\n{'limit':58}{'value':>12}{'at most':>12}")
-    for name, measured in LIMITS.items():
+    for name, limit in LIMITS.items():
         if given.only not in name:
             continue
-        for what, value, most in measured(given.rounds):
+        for what, value, most in limit(given.rounds):
             shown = "-" if value is None else f"{value:.2f}"
             over = "  over" if value is not None and value > most else ""
             print(f"{f'{name}: {what}':58}{shown:>12}{most:12.2f}{over}", flush=True)

@@ -44,6 +44,7 @@ struct Tile {
 constexpr int ROWS = 32;        // queries in a tile: its lanes
 constexpr int VECTORS = ROWS / LANES;
 constexpr int KEYS = 64;        // keys in a block
+constexpr int WHOLE = KEYS / MOST_ROWS * MOST_ROWS;  // of which the products have no rest
 constexpr int MOST_WIDTH = 256;  // of a head
 constexpr int WORDS = KEYS / 32;  // of a row of a mask
 
@@ -81,8 +82,8 @@ static inline void for_stretches(const Call& call, const Tile& tile, bool even, 
         if (even && start > 0 && start < stop) start -= (run.key + start) & 1;
         // Whole panels where there are keys: what is beyond the band is hidden.
         stop = std::min<int64_t>(run.keys, start + round_up(stop - start, MOST_ROWS));
-        for (int64_t at = start; at < stop; at += KEYS) {
-            int64_t count = std::min<int64_t>(KEYS, stop - at);
+        for (int64_t at = start; at < stop; at += WHOLE) {
+            int64_t count = std::min<int64_t>(WHOLE, stop - at);
             f(Stretch{at, count, at < open || at + count > close, nullptr});
         }
         return;

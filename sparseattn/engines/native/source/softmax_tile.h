@@ -78,7 +78,10 @@ static inline void pack_columns(
         for (int64_t l = 0; l < rows; ++l) from[l] = x + (which ? int64_t(which[r + l]) : r + l) * step;
         for (; rows > 0 && c + LANES <= width; c += LANES) {
             vf square[LANES];
-            for (int l = 0; l < LANES; ++l) square[l] = l < rows ? load_wide(from[l] + c) * by : splat(0.0f);
+            if (rows >= LANES)  // apart, so that it unrolls
+                for (int l = 0; l < LANES; ++l) square[l] = load_wide(from[l] + c) * by;
+            else
+                for (int l = 0; l < LANES; ++l) square[l] = l < rows ? load_wide(from[l] + c) * by : splat(0.0f);
             transpose_lanes(square);
             for (int l = 0; l < LANES; ++l) store(into + (c + l) * ROWS + r, square[l]);
         }
@@ -98,7 +101,10 @@ static inline void unpack_columns(
             vf square[LANES];
             for (int l = 0; l < LANES; ++l) square[l] = load(from + (c + l) * ROWS + r) * factor;
             transpose_lanes(square);
-            for (int64_t l = 0; l < rows; ++l) store_narrow(x + (r + l) * step + c, square[l]);
+            if (rows >= LANES)
+                for (int l = 0; l < LANES; ++l) store_narrow(x + (r + l) * step + c, square[l]);
+            else
+                for (int64_t l = 0; l < rows; ++l) store_narrow(x + (r + l) * step + c, square[l]);
         }
         for (; c < width; ++c)
             for (int64_t l = 0; l < rows; ++l) narrow(from[c * ROWS + r + l] * factor[l], x[(r + l) * step + c]);
