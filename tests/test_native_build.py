@@ -75,7 +75,7 @@ def wrapper(folder: Path, before: str = "", program: str = "") -> tuple[Path, Pa
     program = program or " ".join(build.compiler())
     path.write_text(
         "#!/bin/sh\n"
-        f'case "$*" in *--version) ;; *) echo compiled >> {notes}\n{before}\nesac\n'
+        f'case "$*" in *" -c "*) echo compiled >> {notes}\n{before}\nesac\n'
         f'exec {program} "$@"\n'
     )
     path.chmod(0o755)
@@ -136,6 +136,25 @@ def test_libraries_of_one_process_share_nothing(tiny: Path, tmp_path: Path) -> N
     for opened in (library.open_library(tiny), library.open_library(other)):
         counts += [opened.cdll.sparseattn_count(b"") for _ in range(2)]
     assert counts == [0, 1, 0, 1]
+
+
+def test_files_are_compiled_side_by_side_and_linked(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tiny / "shared.h").write_text("int shared();\n")
+    (tiny / "other.cpp").write_text('#include "shared.h"\nint shared() { return 5; }\n')
+    with (tiny / "native.cpp").open("a") as file:
+        file.write('#include "shared.h"\nextern "C" int sparseattn_five() { return shared(); }\n')
+    # Each waits for the other to begin, as none would where one came after the other.
+    wait = f"while [ $(wc -l < {tmp_path / 'notes'}) -lt 2 ]; do sleep 0.01; done"
+    path, notes = wrapper(tmp_path, wait)
+    monkeypatch.setenv("CXX", str(path))
+    monkeypatch.setattr(build, "_cores", lambda: 2)
+    monkeypatch.setattr(build, "_LIMIT", 30.0)
+    assert library.open_library(tiny).cdll.sparseattn_five() == 5
+    assert notes.read_text() == "compiled\n" * 2
+    (tiny / "other.cpp").write_text("int shared() { return other_nonsense; }\n")
+    assert "other_nonsense" in refusal(tiny)
 
 
 def test_what_does_not_compile_is_said_in_few_words(tmp_path: Path, tiny: Path) -> None:
@@ -243,7 +262,7 @@ def planted(path: Path, source: Path) -> None:
     """Another library in the entry's place, with a seal that is good."""
     made = path.parent / "planted.so"
     words = [*build.compiler(), *build.recipe(source).flags]
-    subprocess.run([*words, str(source / "native.cpp"), "-o", str(made)], check=True)
+    subprocess.run([*words, "-shared", str(source / "native.cpp"), "-o", str(made)], check=True)
     cache.seal(made)
     os.replace(made, path)
 

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from . import BuildError, cache, cpu
 
 SOURCE = Path(__file__).with_name("source")
 _FLAGS = (
-    *("-std=c++17", "-shared", "-fPIC", "-pthread", "-Wno-psabi"),
+    *("-std=c++17", "-fPIC", "-pthread", "-Wno-psabi"),
     # Nobody reads errno, and a product and a sum are one rounding wherever the CPU has it so.
     *("-fno-math-errno", "-ffp-contract=fast"),
 )
@@ -38,7 +39,7 @@ class Recipe(NamedTuple):
     compiler: tuple[str, ...]  # the program's path, and words that $CXX has behind it
     version: str  # the first line of what it says of itself
     flags: tuple[str, ...]
-    source: Path  # the folder that holds native.cpp
+    source: Path  # the folder of its .cpp and .h files
     name: str  # of the entry in the cache
 
 
@@ -94,7 +95,7 @@ def recipe(source: Path | None = None) -> Recipe:
     """What would be built now, by the environment and the machine.
 
     Args:
-        source: the folder that holds native.cpp; the engine's own by default.
+        source: a folder of .cpp and .h files; the engine's own by default.
 
     Raises:
         BuildError: nothing can be.
@@ -132,20 +133,38 @@ def _complaint(text: str) -> str:
 
 
 def _compile(made: Recipe, path: Path) -> None:
-    """Compile, seal, and publish in one step: whoever looks sees a whole file or none."""
+    """Compile, seal, and publish in one step: whoever looks sees a whole file or none.
+
+    Each .cpp file is compiled by itself, as many at once as there are cores.
+    """
     with cache.work(path.parent) as work:
         result = work / path.name
-        done = _run(
-            (*made.compiler, *made.flags, str(made.source / "native.cpp"), "-o", str(result)),
-            _LIMIT,
-        )
-        if done.returncode or not result.exists():
-            raise BuildError(f"{made.compiler[0]} failed: {_complaint(done.stderr)}")
+        files = sorted(made.source.glob("*.cpp"))
+        objects = [str(work / f"{file.stem}.o") for file in files]
+        parts = [("-c", str(file), "-o", to) for file, to in zip(files, objects, strict=True)]
+        with ThreadPoolExecutor(max_workers=_cores()) as pool:
+            for _ in pool.map(lambda part: _call(made, part), parts):
+                pass
+        _call(made, (*objects, "-shared", "-o", str(result)))
         try:
             cache.seal(result)
             os.replace(result, path)
         except OSError as error:
             raise BuildError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _call(made: Recipe, words: tuple[str, ...]) -> None:
+    """Run the compiler, which must succeed."""
+    done = _run((*made.compiler, *made.flags, *words), _LIMIT)
+    if done.returncode:
+        raise BuildError(f"{made.compiler[0]} failed: {_complaint(done.stderr)}")
+
+
+def _cores() -> int:
+    """How many processes may run at once."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
 
 
 def built(made: Recipe, again: bool = False) -> Path:
