@@ -68,8 +68,8 @@ class _Launcher:
         self, mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, group: _Group
     ) -> None:
         self.mechanism, self.call, self.group = mechanism, call, group
-        self.q, self.k, self.v = q, k, v
         self.number = torch.float64 if group.wide else torch.float32
+        self.q, self.k, self.v = (self.held(x) for x in (q, k, v))
         maps = in_words(mechanism, call.to_dtype(self.number))
         assert maps is not None
         self.maps: tuple[FusedMap, FusedMap] = maps
@@ -89,6 +89,25 @@ class _Launcher:
             rows += [run.offset, run.holes is not None]
         self.table = torch.tensor(rows, dtype=torch.int64)
 
+    def held(self, x: Tensor) -> Tensor:
+        """x as kernels read it: widened where they compute in float64."""
+        return _rows_of(x.to(self.number) if self.group.wide else x)
+
+    def written(self, *results: Tensor) -> Any:
+        """Where to write results: themselves, or what `take` has to round."""
+        if self.number == results[0].dtype or not self.group.wide:
+            return results
+        return tuple(torch.zeros_like(x, dtype=self.number) for x in results)
+
+    def take(self, written: tuple[Tensor, ...], *results: Tensor) -> None:
+        """Round what was written into results, in the rows of these runs."""
+        for k, (made, x) in enumerate(zip(written, results, strict=True)):
+            if made is x:
+                continue
+            for run in self.group.runs:
+                rows = run.keys if k and len(results) > 1 else run.queries
+                x[run.batch, :, rows] = made[run.batch, :, rows].to(x.dtype)
+
     def launch(
         self,
         kernel: str,
@@ -102,7 +121,6 @@ class _Launcher:
         places += [_NONE if x is None else _place(x) for x in tensors]
         features = self.q.shape[-1] if self.projection is None else self.projection.shape[0]
         half = self.q.dtype == torch.bfloat16
-        wide = 2 if self.q.dtype == torch.float64 else int(self.group.wide)
         block = _BLOCK.pack(
             *(number for place in places for number in place),
             *(0 if x is None else x.data_ptr() for x in (length, mean)),
@@ -113,7 +131,7 @@ class _Launcher:
             *(_FUNCTIONS[own.function], own.turn is not None),
             *(own.lowered == "most", other.lowered == "most"),
             *(self.mechanism.normalize, call.causal),
-            *(half, wide, torch.get_num_threads()),
+            *(half, self.group.wide, torch.get_num_threads()),
             *(own.scale, other.scale, own.turn or 0.0, own.drop, other.drop),
         )
         library.call(kernel, block)
@@ -161,13 +179,14 @@ class NativeKernel:
         if out.numel() == 0:
             return out, None
         again = None
-        q, k, v = (_rows_of(x) for x in (q, k, v))
         for group in _groups(call, runs):
             on = _Launcher(mechanism, q, k, v, call, group)
             length = None
             if hasattr(mechanism, "scaled_map"):
                 length = torch.ones(q.shape[:3], dtype=torch.float64)
-            on.launch("sparseattn_linear_forward", (out, None, None, None, None), length)
+            written = on.written(out)
+            on.launch("sparseattn_linear_forward", (*written, None, None, None, None), length)
+            on.take(written, out)
             lost = None if length is None else on.lost(length)
             if lost is not None:
                 if again is None:
@@ -195,18 +214,18 @@ class NativeKernel:
             result(k.shape, k, keys),
             result(v.shape, v, keys),
         )
-        given = q, k, v
-        q, k, v, grad = (_rows_of(x) for x in (q, k, v, grad_out))
         # A NaN among the keys would reach the rows before it, in its chunk; torch keeps it apart.
         lost = bool(runs) and call.causal and not all_finite(k, v)
         for group in [] if lost else _groups(call, runs):
             on = _Launcher(mechanism, q, k, v, call, group)
             length, mean = (torch.ones(q.shape[:3], dtype=torch.float64) for _ in range(2))
-            on.launch("sparseattn_linear_backward", (None, grad, dq, dk, dv), length, mean)
+            written, given_grad = on.written(dq, dk, dv), on.held(grad_out)
+            on.launch("sparseattn_linear_backward", (None, given_grad, *written), length, mean)
+            on.take(written, dq, dk, dv)
             lost = lost or on.lost(length) is not None
         if lost:
             dq, dk, dv, _ = KERNELS["linear:torch"].backward(
-                mechanism, grad_out, grad_lse, *given, out, lse, call
+                mechanism, grad_out, grad_lse, q, k, v, out, lse, call
             )
         return dq, dk, dv, None
 

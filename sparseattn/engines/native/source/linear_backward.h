@@ -6,7 +6,7 @@
 
 namespace sparseattn {
 
-template <class T, class Real>
+template <class Real>
 class LinearQueries {
    public:
     typedef Lane<Real> V;
@@ -38,7 +38,7 @@ class LinearQueries {
         }
     }
 
-    LinearForward<T, Real> on;
+    LinearForward<Real> on;
 
    private:
     // Row sums L, and the mean of g . v over a row's weights, into chunk.sums and chunk.more. As sums over
@@ -52,7 +52,7 @@ class LinearQueries {
         chunk.fade(chunk.more, 1, false);
         on.add_state(state);
         if (keys) {
-            chunk.weigh(chunk.k_phi, Part{0, keys}, chunk.q_phi, chunk.ff, Chunk<T, Real>::late, chunk.pairs);
+            chunk.weigh(chunk.k_phi, Part{0, keys}, chunk.q_phi, chunk.ff, Chunk<Real>::late, chunk.pairs);
             on.add_pairs(keys);
         }
         for (int64_t i = 0; i < CHUNK; i += W) {
@@ -71,7 +71,7 @@ class LinearQueries {
         const LinearCall& call = chunk.call;
         const int64_t ff = chunk.ff;
         chunk.load_queries(run, unit.batch, h, row, part, position);
-        turn_in(call.grad.row<T>(unit.batch, h, run.query + row), call.grad.token, chunk.dv, part.first, part.count, Real(1), chunk.columns);
+        chunk.columns_in(call.grad, unit.batch, h, run.query + row, chunk.dv, part, Real(1), chunk.columns);
         if (state)
             multiply<false>(ff, CHUNK, chunk.dv, Left<Real>{state, chunk.e, 1}, chunk.columns, CHUNK, dphi_, CHUNK);
         else
@@ -98,19 +98,19 @@ class LinearQueries {
         }
         chunk.fade(dphi_, ff, false);
         if (keys) {
-            chunk.mask(slopes_, Part{0, keys}, Chunk<T, Real>::late);
+            chunk.mask(slopes_, Part{0, keys}, Chunk<Real>::late);
             multiply<true>(ff, CHUNK, keys, Left<Real>{chunk.k_phi, CHUNK, 1}, slopes_, CHUNK, dphi_, CHUNK);
         }
         pull_back(call, chunk.query, chunk.turns, position, chunk.q_x, chunk.q_base, dphi_, dx_);
-        turn_out(dx_, chunk.d, part.first, part.count, call.dq.row<T>(unit.batch, h, run.query + row), call.dq.token);
+        chunk.columns_out(dx_, call.dq, unit.batch, h, run.query + row, chunk.d, part);
     }
 
-    Chunk<T, Real>& chunk;
+    Chunk<Real>& chunk;
     Room room_, state_;
     Real *dphi_, *slopes_, *dx_;  // columns; slopes_: [CHUNK keys][CHUNK queries]
 };
 
-template <class T, class Real>
+template <class Real>
 class LinearKeys {
    public:
     static constexpr int W = WIDTH<Real>;
@@ -206,7 +206,7 @@ class LinearKeys {
         const LinearCall& call = chunk.call;
         const int64_t h = unit.head * call.groups() + g, e = chunk.e;
         chunk.load_queries(run, unit.batch, h, row, part, position);
-        copy_rows(call.grad.row<T>(unit.batch, h, run.query + row), call.grad.token, chunk.dv, e, part.first, part.count, chunk.rows);
+        chunk.rows_in(call.grad, unit.batch, h, run.query + row, part, chunk.rows);
         std::fill(chunk.more, chunk.more + CHUNK, Real(0));
         for (int64_t i = part.first; i < part.stop(); ++i) {
             Real sum = 1;
@@ -224,7 +224,7 @@ class LinearKeys {
         const LinearRun& run = *unit.run;
         const LinearCall& call = chunk.call;
         chunk.load_keys(run, unit.batch, unit.head, start, keys, start);
-        turn_in(call.v.row<T>(unit.batch, unit.head, run.key + start), call.v.token, chunk.dv, 0, keys, Real(1), chunk.columns);
+        chunk.columns_in(call.v, unit.batch, unit.head, run.key + start, chunk.dv, Part{0, keys}, Real(1), chunk.columns);
         for (int64_t i = 0; chunk.holes && i < keys; ++i)
             if (!chunk.holes[i])
                 for (int64_t c = 0; c < chunk.dv; ++c) chunk.columns[c * CHUNK + i] = 0;
@@ -250,13 +250,13 @@ class LinearKeys {
     // Pairs of the chunk's keys with the queries at hand.
     void within(const Places& at) {
         const int64_t ff = chunk.ff, e = chunk.e, first = at.queries.first, count = at.queries.count;
-        chunk.weigh(chunk.q_phi, at.queries, chunk.k_phi, ff, Chunk<T, Real>::early, chunk.pairs);
+        chunk.weigh(chunk.q_phi, at.queries, chunk.k_phi, ff, Chunk<Real>::early, chunk.pairs);
         multiply<true>(at.keys, e, count, Left<Real>{chunk.pairs + first * CHUNK, 1, CHUNK}, divided_ + first * e, e, dv_, e);
         chunk.weigh_rows(chunk.rows, e, at.queries, chunk.columns, chunk.dv, slopes_);
         if (chunk.call.normalize)
             for (int64_t i = first; i < at.queries.stop(); ++i)
                 for (int64_t j = 0; j < CHUNK; ++j) slopes_[i * CHUNK + j] = (slopes_[i * CHUNK + j] - mean_[i]) / chunk.sums[i];
-        chunk.mask(slopes_, at.queries, Chunk<T, Real>::early);
+        chunk.mask(slopes_, at.queries, Chunk<Real>::early);
         multiply<true>(ff, CHUNK, count, Left<Real>{chunk.q_phi + first, CHUNK, 1}, slopes_ + first * CHUNK, CHUNK, dphi_, CHUNK);
     }
 
@@ -269,13 +269,14 @@ class LinearKeys {
             for (int64_t c = 0; c < chunk.d; ++c) dx_[c * CHUNK + i] = 0;
             std::fill(dv_ + i * chunk.e, dv_ + (i + 1) * chunk.e, Real(0));
         }
-        turn_out(dx_, chunk.d, 0, keys, call.dk.row<T>(unit.batch, unit.head, run.key + start), call.dk.token);
-        T* to = call.dv.row<T>(unit.batch, unit.head, run.key + start);
-        for (int64_t i = 0; i < keys; ++i)
-            for (int64_t c = 0; c < chunk.dv; ++c) narrow_to(dv_[i * chunk.e + c], to[i * call.dv.token + c]);
+        chunk.columns_out(dx_, call.dk, unit.batch, unit.head, run.key + start, chunk.d, Part{0, keys});
+        in_own_numbers<Real>(call, call.dv, unit.batch, unit.head, run.key + start, [&](auto* to) {
+            for (int64_t i = 0; i < keys; ++i)
+                for (int64_t c = 0; c < chunk.dv; ++c) narrow_to(dv_[i * chunk.e + c], to[i * call.dv.token + c]);
+        });
     }
 
-    Chunk<T, Real> chunk;
+    Chunk<Real> chunk;
     Shape shape_;
     Room room_, state_;
     Real mean_[CHUNK];
@@ -283,13 +284,13 @@ class LinearKeys {
     Real *dv_, *part_dv_, *divided_;           // rows [CHUNK][e]
 };
 
-template <class T, class Real>
+template <class Real>
 static inline void linear_backward(const LinearCall& call) {
     const Turns<Real> turns(call, most_positions(call));
     const int64_t threads = std::max<int64_t>(1, call.threads);
     {
-        typedef LinearQueries<T, Real> Worker;
-        const Shape shape = LinearForward<T, Real>::shape(call);
+        typedef LinearQueries<Real> Worker;
+        const Shape shape = LinearForward<Real>::shape(call);
         auto make = [&] { return std::make_unique<Worker>(call, turns, shape.size()); };
         Workers<Worker, decltype(make)> workers(threads, make);
         const std::vector<Unit> units = units_of(call, call.decay ? call.q_heads : call.kv_heads);
@@ -307,7 +308,7 @@ static inline void linear_backward(const LinearCall& call) {
                 [&](const Unit& u, int64_t start, Real* own, int64_t w) { workers[w].on.sum_all(u, start, own); },
                 [&](const Unit& u, int64_t start, const Real* met, int64_t w) { workers[w].serve_all(u, start, met); });
     }
-    typedef LinearKeys<T, Real> Worker;
+    typedef LinearKeys<Real> Worker;
     const Shape shape = Worker::shape(call);
     auto make = [&] { return std::make_unique<Worker>(call, turns, shape.size()); };
     Workers<Worker, decltype(make)> workers(threads, make);

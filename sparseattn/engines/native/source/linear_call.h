@@ -20,7 +20,7 @@ struct LinearCall {
     int64_t decay;                       // [Hq] float64, or 0
     int64_t q_heads, kv_heads, n, head_dim, value_dim, features;  // features: before a turn
     int64_t function, turned, q_most, k_most, normalize, causal;
-    int64_t half, wide, threads;         // half: bfloat16; wide: float64, computed in; 2: and of inputs
+    int64_t half, wide, threads;         // half: bfloat16; wide: float64; else float32
     double q_scale, k_scale, turn, q_drop, k_drop;
 
     int64_t groups() const { return q_heads / kv_heads; }
@@ -88,15 +88,16 @@ static inline __attribute__((always_inline)) void wide_tile(
 }
 
 // C[height][width] (+)= A[height, count] B[count][width]; width a multiple of LANES.
+// Out of line: unrolled as they are, copies at every call would take minutes to compile.
 template <bool ADD>
-static inline void multiply(
+static __attribute__((noinline)) void multiply(
     int64_t height, int64_t width, int64_t count, Left<float> a, const float* b, int64_t b_row,
     float* c, int64_t c_row) {
     product<Floats, ADD>(height, width, count, Factor{a.at, a.rows * 4, a.steps * 4}, b, b_row * 4, c, c_row);
 }
 
 template <bool ADD>
-static inline void multiply(
+static __attribute__((noinline)) void multiply(
     int64_t height, int64_t width, int64_t count, Left<double> a, const double* b, int64_t b_row,
     double* c, int64_t c_row) {
     for (int64_t at = 0; at < width; at += LANES) {
@@ -109,21 +110,17 @@ static inline void multiply(
 }
 
 static inline void widen_to(float x, float& into) { into = x; }
-static inline void widen_to(float x, double& into) { into = double(x); }
 static inline void widen_to(double x, double& into) { into = x; }
 static inline void widen_to(bf16 x, float& into) { into = widen(x); }
 
-template <class Real>
-static inline void narrow_to(Real x, double& into) { into = double(x); }
-template <class Real>
-static inline void narrow_to(Real x, float& into) { into = float(x); }
-template <class Real>
-static inline void narrow_to(Real x, bf16& into) { narrow(float(x), into); }
+static inline void narrow_to(double x, double& into) { into = x; }
+static inline void narrow_to(float x, float& into) { into = x; }
+static inline void narrow_to(float x, bf16& into) { narrow(x, into); }
 
 // Rows [count][width] of a tensor, whose next row is `stride` elements on, as columns of
 // into [width][CHUNK], times `scale`; columns from `first` on, 0 in all others.
 template <class T, class Real>
-static inline void turn_in(
+static __attribute__((noinline)) void turn_in(
     const T* at, int64_t stride, int64_t width, int64_t first, int64_t count, Real scale, Real* into) {
     int64_t d = 0;
     if constexpr (std::is_same_v<Real, float>) {
@@ -152,7 +149,7 @@ static inline void turn_in(
 
 // The reverse: columns of from [width][CHUNK] to rows of a tensor.
 template <class T, class Real>
-static inline void turn_out(
+static __attribute__((noinline)) void turn_out(
     const Real* from, int64_t width, int64_t first, int64_t count, T* at, int64_t stride) {
     int64_t d = 0;
     if constexpr (std::is_same_v<Real, float>) {
@@ -174,13 +171,22 @@ static inline void turn_out(
 
 // Rows of a tensor as into [CHUNK][padded], whose padding is 0.
 template <class T, class Real>
-static inline void copy_rows(
+static __attribute__((noinline)) void copy_rows(
     const T* at, int64_t stride, int64_t width, int64_t padded, int64_t first, int64_t count, Real* into) {
     for (int64_t i = 0; i < count; ++i) {
         Real* row = into + (first + i) * padded;
         for (int64_t e = 0; e < width; ++e) widen_to(at[i * stride + e], row[e]);
         for (int64_t e = width; e < padded; ++e) row[e] = 0;
     }
+}
+
+// Calls f with the rows of x at (b, h, n) in the numbers that they are in: bfloat16, or those that the
+// call is computed with. Only what reads or writes a tensor is made for both.
+template <class Real, class F>
+static inline void in_own_numbers(const LinearCall& call, const Rows& x, int64_t b, int64_t h, int64_t n, const F& f) {
+    if constexpr (std::is_same_v<Real, float>)
+        if (call.half) return f(x.row<bf16>(b, h, n));
+    f(x.row<Real>(b, h, n));
 }
 
 }  // namespace sparseattn

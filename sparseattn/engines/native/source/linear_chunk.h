@@ -12,7 +12,7 @@ struct Part {
 };
 
 // What one thread needs for the chunks of a call.
-template <class T, class Real>
+template <class Real>
 class Chunk {
    public:
     typedef Lane<Real> V;
@@ -60,31 +60,40 @@ class Chunk {
     bool decays() const { return call.decay != 0; }
     Real power(int64_t distance) const { return power_[distance]; }
 
+    // Rows of a tensor, from n on, as places `part` of columns [width][CHUNK], or of rows [CHUNK][e].
+    void columns_in(const Rows& x, int64_t b, int64_t h, int64_t n, int64_t width, Part part, Real scale, Real* into) {
+        in_own_numbers<Real>(call, x, b, h, n, [&](const auto* at) { turn_in(at, x.token, width, part.first, part.count, scale, into); });
+    }
+    void rows_in(const Rows& x, int64_t b, int64_t h, int64_t n, Part part, Real* into) {
+        in_own_numbers<Real>(call, x, b, h, n, [&](const auto* at) { copy_rows(at, x.token, dv, e, part.first, part.count, into); });
+    }
+    // The reverse.
+    void columns_out(const Real* from, const Rows& x, int64_t b, int64_t h, int64_t n, int64_t width, Part part) {
+        in_own_numbers<Real>(call, x, b, h, n, [&](auto* at) { turn_out(from, width, part.first, part.count, at, x.token); });
+    }
+
     // Features of the queries [row, row + part.count) of a run, at places `part` of a chunk.
     void load_queries(const LinearRun& run, int64_t b, int64_t h, int64_t row, Part part, int64_t position) {
-        turn_in(call.q.row<T>(b, h, run.query + row), call.q.token, d, part.first, part.count, query.scale, q_x);
+        columns_in(call.q, b, h, run.query + row, d, part, query.scale, q_x);
         make_features(call, query, turns, position, q_x, q_base, q_phi);
         hide(q_phi, [&](int64_t i) { return i < part.first || i >= part.stop(); }, part.count == CHUNK);
     }
 
     // Features of the keys [start, start + count) of a run, at places 0 to count - 1.
     void load_keys(const LinearRun& run, int64_t b, int64_t h, int64_t start, int64_t count, int64_t position) {
-        turn_in(call.k.row<T>(b, h, run.key + start), call.k.token, d, 0, count, key.scale, k_x);
+        columns_in(call.k, b, h, run.key + start, d, Part{0, count}, key.scale, k_x);
         make_features(call, key, turns, position, k_x, k_base, k_phi);
         holes = run.holes ? reinterpret_cast<const uint8_t*>(call.key_mask) + b * call.key_mask_row + run.key + start : nullptr;
         hide(k_phi, [&](int64_t i) { return i >= count || (holes && !holes[i]); }, count == CHUNK && !holes);
     }
 
     void load_values(const LinearRun& run, int64_t b, int64_t h, int64_t start, int64_t count) {
-        const T* from = call.v.row<T>(b, h, run.key + start);
-        if constexpr (std::is_same_v<T, Real>) {
-            if (e == dv && !run.holes) {
-                v = from;
-                v_row = call.v.token;
-                return;
-            }
+        if (e == dv && !run.holes && !call.half) {
+            v = call.v.row<Real>(b, h, run.key + start);
+            v_row = call.v.token;
+            return;
         }
-        copy_rows(from, call.v.token, dv, e, 0, count, values_);
+        rows_in(call.v, b, h, run.key + start, Part{0, count}, values_);
         for (int64_t i = 0; holes && i < count; ++i)
             if (!holes[i]) std::fill(values_ + i * e, values_ + (i + 1) * e, Real(0));
         v = values_;

@@ -7,7 +7,7 @@
 
 namespace sparseattn {
 
-template <class T, class Real>
+template <class Real>
 class LinearForward {
    public:
     typedef Lane<Real> V;
@@ -101,7 +101,7 @@ class LinearForward {
         chunk.fade(chunk.sums, 1, false);
     }
 
-    Chunk<T, Real> chunk;
+    Chunk<Real> chunk;
 
    private:
     void write(const Unit& unit, int64_t h, int64_t row, Part part, int64_t position, int64_t keys, const Real* state) {
@@ -119,24 +119,26 @@ class LinearForward {
                 for (int64_t c = 0; c < e; ++c) out[i * e + c] *= chunk.power(i);
         if (call.normalize) add_state(state);
         if (keys) {
-            chunk.weigh(chunk.k_phi, Part{0, keys}, chunk.q_phi, ff, Chunk<T, Real>::late, chunk.pairs);
+            chunk.weigh(chunk.k_phi, Part{0, keys}, chunk.q_phi, ff, Chunk<Real>::late, chunk.pairs);
             if (call.normalize) add_pairs(keys);
             // Where a NaN stands among the keys, a 0 does not keep it from the queries before it.
-            const int64_t step = chunk.finite(keys) ? Chunk<T, Real>::PANEL : 1;
+            const int64_t step = chunk.finite(keys) ? Chunk<Real>::PANEL : 1;
             for (int64_t i = part.first, next; i < part.stop(); i = next) {
                 next = std::min(part.stop(), i / step * step + step);
                 multiply<true>(next - i, e, std::min(keys, next), Left<Real>{chunk.pairs + i, 1, CHUNK}, chunk.v, chunk.v_row, out + i * e, e);
             }
         }
-        T* to = call.out.row<T>(unit.batch, h, run.query + row);
         double* lengths = call.length ? call.length_row(unit.batch, h, run.query + row) : nullptr;
-        for (int64_t i = 0; i < part.count; ++i) {
-            const Real sum = call.normalize ? chunk.sums[part.first + i] : Real(1);
-            if (lengths) lengths[i] = double(sum);
-            write_row(out + (part.first + i) * e, sum == Real(0) ? Real(INF) : sum, to + i * call.out.token);
-        }
+        in_own_numbers<Real>(call, call.out, unit.batch, h, run.query + row, [&](auto* to) {
+            for (int64_t i = 0; i < part.count; ++i) {
+                const Real sum = call.normalize ? chunk.sums[part.first + i] : Real(1);
+                if (lengths) lengths[i] = double(sum);
+                write_row(out + (part.first + i) * e, sum == Real(0) ? Real(INF) : sum, to + i * call.out.token);
+            }
+        });
     }
 
+    template <class T>
     void write_row(const Real* from, Real sum, T* to) {
         int64_t c = 0;
         if constexpr (std::is_same_v<Real, float>) {
@@ -180,9 +182,9 @@ static inline auto decay_of_heads(const LinearCall& call, int64_t groups) {
     };
 }
 
-template <class T, class Real>
+template <class Real>
 static inline void linear_forward(const LinearCall& call) {
-    typedef LinearForward<T, Real> Worker;
+    typedef LinearForward<Real> Worker;
     const Turns<Real> turns(call, most_positions(call));
     const Shape shape = Worker::shape(call);
     auto make = [&] { return std::make_unique<Worker>(call, turns, shape.size()); };

@@ -68,17 +68,13 @@ int64_t sparseattn_linear_size() { return int64_t(sizeof(LinearCall)); }
 
 int64_t sparseattn_linear_forward(const LinearCall* call) {
     return guarded([&] {
-        if (call->half) return linear_forward<bf16, float>(*call);
-        if (call->wide == 2) return linear_forward<double, double>(*call);
-        call->wide ? linear_forward<float, double>(*call) : linear_forward<float, float>(*call);
+        call->wide ? linear_forward<double>(*call) : linear_forward<float>(*call);
     });
 }
 
 int64_t sparseattn_linear_backward(const LinearCall* call) {
     return guarded([&] {
-        if (call->half) return linear_backward<bf16, float>(*call);
-        if (call->wide == 2) return linear_backward<double, double>(*call);
-        call->wide ? linear_backward<float, double>(*call) : linear_backward<float, float>(*call);
+        call->wide ? linear_backward<double>(*call) : linear_backward<float>(*call);
     });
 }
 }
