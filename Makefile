@@ -60,7 +60,9 @@ sanitize: $(BIN)/.installed
 # Not part of the tests: no test asserts a time.
 bench: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
-	$(BIN)/python benchmarks/targets.py
+	$(BIN)/python benchmarks/targets.py --json benchmarks/results/targets.json
+	$(BIN)/python benchmarks/choice.py --json benchmarks/results/choice.json
+	$(BIN)/python benchmarks/cpu_page.py
 	$(BIN)/sparseattn bench
 
 # What the kernels compile to; on a GPU, whether they are right and how fast, within 8 minutes.

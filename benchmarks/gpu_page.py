@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,11 @@ def _measured(document: dict[str, Any] | None) -> str:
     return "\n\n".join([*found, table(header, lines)])
 
 
-_RENDER = {"compile": _compiled, "model": _model, "measured": _measured}
+_RENDER: dict[str, Callable[..., str]] = {
+    "compile": _compiled,
+    "model": _model,
+    "measured": _measured,
+}
 
 
 def read(part: str) -> dict[str, Any] | None:
@@ -144,8 +149,12 @@ def read(part: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def rendered(text: str, documents: dict[str, dict[str, Any] | None]) -> str:
-    """The page's text with each part between its two marks rendered anew.
+def rendered(
+    text: str,
+    documents: dict[str, dict[str, Any] | None],
+    render: dict[str, Callable[..., str]] = _RENDER,
+) -> str:
+    """A page's text with each part between its two marks rendered anew.
 
     Raises:
         ValueError: the page lacks a part's marks.
@@ -153,8 +162,8 @@ def rendered(text: str, documents: dict[str, dict[str, Any] | None]) -> str:
     for part, document in documents.items():
         marks = rf"(<!-- {part} -->\n).*?(<!-- end of {part} -->)"
         if not re.search(marks, text, re.DOTALL):
-            raise ValueError(f"{PAGE.name} has no marks of the part {part!r}: <!-- {part} -->")
-        body = _RENDER[part](document)  # type: ignore[operator]
+            raise ValueError(f"the page has no marks of the part {part!r}: <!-- {part} -->")
+        body = render[part](document)
         text = re.sub(
             marks, lambda m, body=body: f"{m[1]}\n{body}\n\n{m[2]}", text, flags=re.DOTALL
         )
