@@ -32,9 +32,10 @@ class LinearQueries {
 
     void serve_all(const Unit& unit, int64_t start, const Real* met) {
         const LinearRun& run = *unit.run;
+        const int64_t few = on.load_few(unit);
         for (int64_t at = start; at < std::min(run.queries, start + SPANNED); at += CHUNK) {
             const Part part{0, std::min<int64_t>(CHUNK, run.queries - at)};
-            on.for_heads(unit, [&](int64_t h) { write(unit, h, at, part, run.offset + at, 0, met); });
+            on.for_heads(unit, [&](int64_t h) { write(unit, h, at, part, run.offset + at, few, few ? nullptr : met); });
         }
     }
 
@@ -44,15 +45,13 @@ class LinearQueries {
     // Row sums L, and the mean of g . v over a row's weights, into chunk.sums and chunk.more. As sums over
     // the pairs: where a query sees one key, they cancel to the last bit.
     void row_sums(int64_t keys, const Real* state) {
-        for (int64_t i = 0; i < CHUNK; i += W) {
-            V mean = V{};
-            for (int64_t g = 0; state && g < chunk.ff; ++g) mean += pick(chunk.q_phi + g * CHUNK + i) * pick(dphi_ + g * CHUNK + i);
-            put(chunk.more + i, mean);
-        }
+        const int64_t count = state ? chunk.ff : 0;
+        for (int64_t i = 0; i < CHUNK; i += W)
+            put(chunk.more + i, chunk.summed(count, [&](int64_t g) { return V(pick(chunk.q_phi + g * CHUNK + i) * pick(dphi_ + g * CHUNK + i)); }));
         chunk.fade(chunk.more, 1, false);
         on.add_state(state);
         if (keys) {
-            chunk.weigh(chunk.k_phi, Part{0, keys}, chunk.q_phi, chunk.ff, Chunk<Real>::late, chunk.pairs);
+            chunk.weigh(chunk.k_phi, Part{0, keys}, chunk.q_phi, chunk.ff, on.order(), chunk.pairs);
             on.add_pairs(keys);
         }
         for (int64_t i = 0; i < CHUNK; i += W) {
@@ -60,7 +59,7 @@ class LinearQueries {
             sum = sum == Real(0) ? V(V{} + Real(INF)) : sum;
             V mean = pick(chunk.more + i) / sum;
             for (int64_t j = 0; j < keys; ++j)
-                if (j < i + W) mean += (pick(chunk.pairs + j * CHUNK + i) / sum) * pick(slopes_ + j * CHUNK + i);
+                mean += (pick(chunk.pairs + j * CHUNK + i) / sum) * pick(slopes_ + j * CHUNK + i);
             put(chunk.sums + i, sum);
             put(chunk.more + i, mean);
         }
@@ -98,7 +97,7 @@ class LinearQueries {
         }
         chunk.fade(dphi_, ff, false);
         if (keys) {
-            chunk.mask(slopes_, Part{0, keys}, Chunk<Real>::late);
+            chunk.mask(slopes_, Part{0, keys}, on.order());
             multiply<true>(ff, CHUNK, keys, Left<Real>{chunk.k_phi, CHUNK, 1}, slopes_, CHUNK, dphi_, CHUNK);
         }
         pull_back(call, chunk.query, chunk.turns, position, chunk.q_x, chunk.q_base, dphi_, dx_);
@@ -145,14 +144,10 @@ class LinearKeys {
     void sum_causal(const Unit& unit, int64_t start, Real* own) { span(unit, start, nullptr, own, false, false); }
 
     void sum_all(const Unit& unit, int64_t start, Real* own) {
-        const LinearRun& run = *unit.run;
-        for (int64_t at = start; at < std::min(run.queries, start + SPANNED); at += CHUNK) {
-            const Part part{0, std::min<int64_t>(CHUNK, run.queries - at)};
-            for (int64_t g = 0; g < chunk.call.groups(); ++g) {
-                load_queries(unit, g, at, part, run.offset + at);
-                chunk.add(chunk.q_phi, divided_, chunk.e, chunk.more, part.count, true, own);
-            }
-        }
+        if (unit.run->keys <= CHUNK) return;  // as `load_few` has it
+        for_queries(unit, start, std::min(unit.run->queries, start + SPANNED), [&](Part part) {
+            chunk.add(chunk.q_phi, divided_, chunk.e, chunk.more, part.count, true, own);
+        });
     }
 
     void serve_all(const Unit& unit, int64_t start, const Real* met) {
@@ -160,12 +155,26 @@ class LinearKeys {
         for (int64_t at = start; at < std::min(run.keys, start + SPANNED); at += CHUNK) {
             const int64_t keys = std::min<int64_t>(CHUNK, run.keys - at);
             begin(unit, at, keys);
-            through_state(met, keys);
+            if (run.keys <= CHUNK)
+                for_queries(unit, 0, run.queries, [&](Part part) { within(part, keys, Chunk<Real>::whole); });
+            else
+                through_state(met, keys);
             write(unit, at, keys);
         }
     }
 
    private:
+    // Calls f(part) with the rows [start, stop) of all query heads, chunk after chunk.
+    template <class F>
+    void for_queries(const Unit& unit, int64_t start, int64_t stop, const F& f) {
+        for (int64_t at = start; at < stop; at += CHUNK)
+            for (int64_t g = 0; g < chunk.call.groups(); ++g) {
+                const Part part{0, std::min<int64_t>(CHUNK, stop - at)};
+                load_queries(unit, g, at, part, unit.run->offset + at);
+                f(part);
+            }
+    }
+
     void span(const Unit& unit, int64_t start, const Real* met, Real* own, bool last, bool serving) {
         const LinearRun& run = *unit.run;
         for (int64_t since = SPANNED - CHUNK; since >= 0; since -= CHUNK) {
@@ -184,7 +193,7 @@ class LinearKeys {
                 const bool adds = !(last && since == 0);
                 if (at.queries.count && (keys || adds)) {
                     load_queries(unit, g, at.start - run.offset + at.queries.first, at.queries, at.start);
-                    if (keys) within(at);
+                    if (keys) within(at.queries, at.keys, Chunk<Real>::early);
                     if (adds) {
                         const int64_t first = at.queries.first;
                         // Places before the first query have features of 0.
@@ -248,15 +257,15 @@ class LinearKeys {
     }
 
     // Pairs of the chunk's keys with the queries at hand.
-    void within(const Places& at) {
-        const int64_t ff = chunk.ff, e = chunk.e, first = at.queries.first, count = at.queries.count;
-        chunk.weigh(chunk.q_phi, at.queries, chunk.k_phi, ff, Chunk<Real>::early, chunk.pairs);
-        multiply<true>(at.keys, e, count, Left<Real>{chunk.pairs + first * CHUNK, 1, CHUNK}, divided_ + first * e, e, dv_, e);
-        chunk.weigh_rows(chunk.rows, e, at.queries, chunk.columns, chunk.dv, slopes_);
+    void within(Part part, int64_t keys, typename Chunk<Real>::Order order) {
+        const int64_t ff = chunk.ff, e = chunk.e, first = part.first, count = part.count;
+        chunk.weigh(chunk.q_phi, part, chunk.k_phi, ff, order, chunk.pairs);
+        multiply<true>(keys, e, count, Left<Real>{chunk.pairs + first * CHUNK, 1, CHUNK}, divided_ + first * e, e, dv_, e);
+        chunk.weigh_rows(chunk.rows, e, part, chunk.columns, chunk.dv, slopes_);
         if (chunk.call.normalize)
-            for (int64_t i = first; i < at.queries.stop(); ++i)
+            for (int64_t i = first; i < part.stop(); ++i)
                 for (int64_t j = 0; j < CHUNK; ++j) slopes_[i * CHUNK + j] = (slopes_[i * CHUNK + j] - mean_[i]) / chunk.sums[i];
-        chunk.mask(slopes_, at.queries, Chunk<Real>::early);
+        chunk.mask(slopes_, part, order);
         multiply<true>(ff, CHUNK, count, Left<Real>{chunk.q_phi + first, CHUNK, 1}, slopes_ + first * CHUNK, CHUNK, dphi_, CHUNK);
     }
 

@@ -170,6 +170,17 @@ class Chunk {
             for (int64_t i = 0; i < CHUNK; ++i) columns_of[g * CHUNK + i] *= power(back ? CHUNK - i : i);
     }
 
+    // The sum of term(0) to term(count - 1), as four: less is lost than in one long sum, or waited for.
+    template <class Term>
+    static V summed(int64_t count, const Term& term) {
+        V sum[4] = {};
+        int64_t g = 0;
+        for (; g + 4 <= count; g += 4)
+            for (int64_t l = 0; l < 4; ++l) sum[l] += term(g + l);
+        for (; g < count; ++g) sum[0] += term(g);
+        return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    }
+
     // Whether everything in features and values below `count` is finite.
     bool finite(int64_t count) const {
         V sum = V{};

@@ -68,10 +68,21 @@ class LinearForward {
 
     void serve_all(const Unit& unit, int64_t start, const Real* met) {
         const LinearRun& run = *unit.run;
+        const int64_t few = load_few(unit);
         for (int64_t at = start; at < std::min(run.queries, start + SPANNED); at += CHUNK) {
             const Part part{0, std::min<int64_t>(CHUNK, run.queries - at)};
-            for_heads(unit, [&](int64_t h) { write(unit, h, at, part, run.offset + at, 0, met); });
+            for_heads(unit, [&](int64_t h) { write(unit, h, at, part, run.offset + at, few, few ? nullptr : met); });
         }
+    }
+
+    // The keys of a run that is not causal, where one chunk has them all; else 0. Weighed one by one,
+    // they cancel in the gradients to the last bit where there is one.
+    int64_t load_few(const Unit& unit) {
+        const LinearRun& run = *unit.run;
+        if (run.keys > CHUNK) return 0;
+        chunk.load_keys(run, unit.batch, unit.head, 0, run.keys, 0);
+        chunk.load_values(run, unit.batch, unit.head, 0, run.keys);
+        return run.keys;
     }
 
     // The query heads of a unit.
@@ -84,22 +95,19 @@ class LinearForward {
 
     // Sums of the weights of the queries at hand, into chunk.sums, of the pairs in chunk.pairs.
     void add_pairs(int64_t keys) {
-        for (int64_t i = 0; i < CHUNK; i += W) {
-            V sum = pick(chunk.sums + i);
-            for (int64_t j = 0; j < keys; ++j) sum += pick(chunk.pairs + j * CHUNK + i);
-            put(chunk.sums + i, sum);
-        }
+        for (int64_t i = 0; i < CHUNK; i += W)
+            put(chunk.sums + i, V(pick(chunk.sums + i) + chunk.summed(keys, [&](int64_t j) { return pick(chunk.pairs + j * CHUNK + i); })));
     }
 
     void add_state(const Real* state) {
-        for (int64_t i = 0; i < CHUNK; i += W) {
-            V sum = V{};
-            if (state)
-                for (int64_t g = 0; g < chunk.ff; ++g) sum += pick(chunk.q_phi + g * CHUNK + i) * state[chunk.ff * chunk.e + g];
-            put(chunk.sums + i, sum);
-        }
+        const int64_t count = state ? chunk.ff : 0;
+        const Real* totals = state + chunk.ff * chunk.e;
+        for (int64_t i = 0; i < CHUNK; i += W)
+            put(chunk.sums + i, chunk.summed(count, [&](int64_t g) { return V(pick(chunk.q_phi + g * CHUNK + i) * totals[g]); }));
         chunk.fade(chunk.sums, 1, false);
     }
+
+    typename Chunk<Real>::Order order() const { return chunk.call.causal ? Chunk<Real>::late : Chunk<Real>::whole; }
 
     Chunk<Real> chunk;
 
@@ -119,13 +127,14 @@ class LinearForward {
                 for (int64_t c = 0; c < e; ++c) out[i * e + c] *= chunk.power(i);
         if (call.normalize) add_state(state);
         if (keys) {
-            chunk.weigh(chunk.k_phi, Part{0, keys}, chunk.q_phi, ff, Chunk<Real>::late, chunk.pairs);
+            chunk.weigh(chunk.k_phi, Part{0, keys}, chunk.q_phi, ff, order(), chunk.pairs);
             if (call.normalize) add_pairs(keys);
             // Where a NaN stands among the keys, a 0 does not keep it from the queries before it.
-            const int64_t step = chunk.finite(keys) ? Chunk<Real>::PANEL : 1;
+            const bool all = !call.causal;
+            const int64_t step = all ? int64_t(CHUNK) : chunk.finite(keys) ? int64_t(Chunk<Real>::PANEL) : 1;
             for (int64_t i = part.first, next; i < part.stop(); i = next) {
                 next = std::min(part.stop(), i / step * step + step);
-                multiply<true>(next - i, e, std::min(keys, next), Left<Real>{chunk.pairs + i, 1, CHUNK}, chunk.v, chunk.v_row, out + i * e, e);
+                multiply<true>(next - i, e, all ? keys : std::min(keys, next), Left<Real>{chunk.pairs + i, 1, CHUNK}, chunk.v, chunk.v_row, out + i * e, e);
             }
         }
         double* lengths = call.length ? call.length_row(unit.batch, h, run.query + row) : nullptr;
@@ -144,7 +153,10 @@ class LinearForward {
         if constexpr (std::is_same_v<Real, float>) {
             const float by = 1.0f / sum;
             if (std::abs(by) < 1e30f)  // what has no such inverse, like a NaN, is divided by itself
-                for (; c + LANES <= chunk.dv; c += LANES) store_narrow(to + c, load(from + c) * by);
+                for (; c + LANES <= chunk.dv; c += LANES) {
+                    const vf x = load(from + c), y = x * by;
+                    store_narrow(to + c, y + (x - y * sum) * by);  // as good as a division
+                }
         }
         for (; c < chunk.dv; ++c) narrow_to(from[c] / sum, to[c]);
     }
