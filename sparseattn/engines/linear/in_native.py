@@ -61,6 +61,15 @@ def _groups(call: AttentionCall, runs: list[Run]) -> list[_Group]:
     return [_Group(some, some is exact) for some in (exact, fast) if some]
 
 
+def _finite(run: Run, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
+    """Whether the keys and values that a run's queries see are finite."""
+    reach = trim_future(run.subcall(call))
+    seen = [x[run.batch, :, run.keys][:, :, :reach] for x in (k, v)]
+    if run.holes is not None:
+        seen = [x.masked_fill(~run.holes[:, None, :reach, None], 0.0) for x in seen]
+    return all_finite(*seen)
+
+
 class _Launcher:
     """The launches over one group of runs."""
 
@@ -215,7 +224,7 @@ class NativeKernel:
             result(v.shape, v, keys),
         )
         # A NaN among the keys would reach the rows before it, in its chunk; torch keeps it apart.
-        lost = bool(runs) and call.causal and not all_finite(k, v)
+        lost = call.causal and not all(_finite(run, k, v, call) for run in runs)
         for group in [] if lost else _groups(call, runs):
             on = _Launcher(mechanism, q, k, v, call, group)
             length, mean = (torch.ones(q.shape[:3], dtype=torch.float64) for _ in range(2))

@@ -72,7 +72,7 @@ class LinearQueries {
         chunk.load_queries(run, unit.batch, h, row, part, position);
         chunk.columns_in(call.grad, unit.batch, h, run.query + row, chunk.dv, part, Real(1), chunk.columns);
         if (state)
-            multiply<false>(ff, CHUNK, chunk.dv, Left<Real>{state, chunk.e, 1}, chunk.columns, CHUNK, dphi_, CHUNK);
+            multiply_apart(ff, CHUNK, chunk.dv, Left<Real>{state, chunk.e, 1}, chunk.columns, CHUNK, dphi_, CHUNK);
         else
             std::fill(dphi_, dphi_ + ff * CHUNK, Real(0));
         if (keys) chunk.weigh_rows(chunk.v, chunk.v_row, Part{0, keys}, chunk.columns, chunk.dv, slopes_);

@@ -109,6 +109,16 @@ static __attribute__((noinline)) void multiply(
     }
 }
 
+// As multiply, in parts of few steps: a sum of sums errs less, where what comes of it nearly cancels.
+template <class Real>
+static inline void multiply_apart(
+    int64_t height, int64_t width, int64_t count, Left<Real> a, const Real* b, int64_t b_row, Real* c, int64_t c_row) {
+    constexpr int64_t PART = 32;
+    multiply<false>(height, width, std::min(count, PART), a, b, b_row, c, c_row);
+    for (int64_t k = PART; k < count; k += PART)
+        multiply<true>(height, width, std::min(count - k, PART), Left<Real>{a.at + k * a.steps, a.rows, a.steps}, b + k * b_row, b_row, c, c_row);
+}
+
 static inline void widen_to(float x, float& into) { into = x; }
 static inline void widen_to(double x, double& into) { into = x; }
 static inline void widen_to(bf16 x, float& into) { into = widen(x); }

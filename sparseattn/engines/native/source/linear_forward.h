@@ -142,7 +142,7 @@ class LinearForward {
             for (int64_t i = 0; i < part.count; ++i) {
                 const Real sum = call.normalize ? chunk.sums[part.first + i] : Real(1);
                 if (lengths) lengths[i] = double(sum);
-                write_row(out + (part.first + i) * e, sum == Real(0) ? Real(INF) : sum, to + i * call.out.token);
+                write_row(out + (part.first + i) * e, sum, to + i * call.out.token);
             }
         });
     }
@@ -151,14 +151,14 @@ class LinearForward {
     void write_row(const Real* from, Real sum, T* to) {
         int64_t c = 0;
         if constexpr (std::is_same_v<Real, float>) {
-            const float by = 1.0f / sum;
+            const float by = sum == 0.0f ? 0.0f : 1.0f / sum;
             if (std::abs(by) < 1e30f)  // what has no such inverse, like a NaN, is divided by itself
                 for (; c + LANES <= chunk.dv; c += LANES) {
                     const vf x = load(from + c), y = x * by;
                     store_narrow(to + c, y + (x - y * sum) * by);  // as good as a division
                 }
         }
-        for (; c < chunk.dv; ++c) narrow_to(from[c] / sum, to[c]);
+        for (; c < chunk.dv; ++c) narrow_to(from[c] / (sum == Real(0) ? Real(INF) : sum), to[c]);
     }
 
     Room state_;
