@@ -72,7 +72,7 @@ class LinearQueries {
         chunk.load_queries(run, unit.batch, h, row, part, position);
         chunk.columns_in(call.grad, unit.batch, h, run.query + row, chunk.dv, part, Real(1), chunk.columns);
         if (state)
-            multiply_apart(ff, CHUNK, chunk.dv, Left<Real>{state, chunk.e, 1}, chunk.columns, CHUNK, dphi_, CHUNK);
+            multiply_apart<32>(ff, CHUNK, chunk.dv, Left<Real>{state, chunk.e, 1}, chunk.columns, CHUNK, dphi_, CHUNK);
         else
             std::fill(dphi_, dphi_ + ff * CHUNK, Real(0));
         if (keys) chunk.weigh_rows(chunk.v, chunk.v_row, Part{0, keys}, chunk.columns, chunk.dv, slopes_);
@@ -244,7 +244,7 @@ class LinearKeys {
     void through_state(const Real* state, int64_t keys) {
         const int64_t ff = chunk.ff, e = chunk.e;
         multiply<false>(ff, CHUNK, chunk.dv, Left<Real>{state, e, 1}, chunk.columns, CHUNK, part_dphi_, CHUNK);
-        multiply<false>(keys, e, ff, Left<Real>{chunk.k_phi, 1, CHUNK}, state, e, part_dv_, e);
+        multiply_apart<64>(keys, e, ff, Left<Real>{chunk.k_phi, 1, CHUNK}, state, e, part_dv_, e);
         if (chunk.call.normalize)
             for (int64_t g = 0; g < ff; ++g)
                 for (int64_t i = 0; i < CHUNK; ++i) part_dphi_[g * CHUNK + i] += state[ff * e + g];

@@ -109,11 +109,11 @@ static __attribute__((noinline)) void multiply(
     }
 }
 
-// As multiply, in parts of few steps: a sum of sums errs less, where what comes of it nearly cancels.
-template <class Real>
+// As multiply, in parts of few steps: rows of B that are a power of 2 apart then stay cached; and a sum
+// of sums errs less, where what comes of it nearly cancels.
+template <int64_t PART, class Real>
 static inline void multiply_apart(
     int64_t height, int64_t width, int64_t count, Left<Real> a, const Real* b, int64_t b_row, Real* c, int64_t c_row) {
-    constexpr int64_t PART = 32;
     multiply<false>(height, width, std::min(count, PART), a, b, b_row, c, c_row);
     for (int64_t k = PART; k < count; k += PART)
         multiply<true>(height, width, std::min(count - k, PART), Left<Real>{a.at + k * a.steps, a.rows, a.steps}, b + k * b_row, b_row, c, c_row);
@@ -137,9 +137,17 @@ static __attribute__((noinline)) void turn_in(
         for (int64_t r = 0; r < CHUNK; r += LANES) {
             for (d = 0; d + LANES <= width; d += LANES) {
                 vf square[LANES];
-                for (int64_t l = 0; l < LANES; ++l) {
-                    const int64_t i = r + l - first;
-                    square[l] = i >= 0 && i < count ? load_wide(at + i * stride + d) * scale : splat(0.0f);
+                if (r >= first && r + LANES <= first + count) {
+                    const T* from = at + (r - first) * stride + d;
+                    for (int64_t l = 0; l < LANES; ++l) {
+                        square[l] = load_wide(from + l * stride) * scale;
+                        __builtin_prefetch(from + (l + 2 * LANES) * stride);  // may lie beyond the tensor
+                    }
+                } else {
+                    for (int64_t l = 0; l < LANES; ++l) {
+                        const int64_t i = r + l - first;
+                        square[l] = i >= 0 && i < count ? load_wide(at + i * stride + d) * scale : splat(0.0f);
+                    }
                 }
                 transpose_lanes(square);
                 for (int64_t l = 0; l < LANES; ++l) store(into + (d + l) * CHUNK + r, square[l]);

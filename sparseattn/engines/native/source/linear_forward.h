@@ -119,7 +119,7 @@ class LinearForward {
         Real* out = chunk.rows;
         chunk.load_queries(run, unit.batch, h, row, part, position);
         if (state)
-            multiply<false>(part.count, e, ff, Left<Real>{chunk.q_phi + part.first, 1, CHUNK}, state, e, out + part.first * e, e);
+            multiply_apart<64>(part.count, e, ff, Left<Real>{chunk.q_phi + part.first, 1, CHUNK}, state, e, out + part.first * e, e);
         else
             std::fill(out + part.first * e, out + part.stop() * e, Real(0));
         if (state && chunk.decays())

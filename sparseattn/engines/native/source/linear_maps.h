@@ -181,7 +181,7 @@ static inline void pull_back(
         return;
     }
     const Real* rows = reinterpret_cast<const Real*>(call.projection);
-    multiply<false>(d, CHUNK, f, Left<Real>{rows, 1, d}, dphi, CHUNK, dx, CHUNK);
+    multiply_apart<64>(d, CHUNK, f, Left<Real>{rows, 1, d}, dphi, CHUNK, dx, CHUNK);
     for (int64_t i = 0; i < CHUNK; i += W) {
         V sum = V{};
         if (!side.most)
