@@ -124,7 +124,7 @@ class EngineImplementation(Implementation):
         if is_readable(q):  # else the operator makes the selection, which runs untraced
             call = mechanism.with_selection(q, k, call)
         out, lse = op.attend(mechanism, self.kernel, q, k, v, call)
-        return out, lse if self.engine == "softmax" else None
+        return out, lse.to(wide(q.dtype)) if self.engine == "softmax" else None
 
 
 REFERENCE = Reference()

@@ -61,10 +61,10 @@ _BIAS, _SINK, _TENSORS = 4, 5, 7
 # With fewer pairs of a query and a key than this, kernels compute with twice the digits: the
 # rounding of single numbers shows in the greatest error of a small result, and costs next to
 # nothing to avoid. Forward, the pairs of one row of the batch count, so that a row gives the same
-# bits in any batch; backward, those of the whole batch. The native kernels do so by themselves
-# forward, and are fast enough backward to be worth having from fewer pairs on.
-FEW_PAIRS = 2**12
-FEW = {"torch": (FEW_PAIRS, 2**19), "triton": (FEW_PAIRS, 2**19), "native": (0, 2**15)}
+# bits in any batch; backward, those of the whole batch. The native kernels take care of few
+# pairs themselves.
+FEW_PAIRS, FEW_PAIRS_BACKWARD = 2**12, 2**19
+FEW = {name: (FEW_PAIRS, FEW_PAIRS_BACKWARD) for name in ("torch", "triton")}
 _LIB = torch.library.Library("sparseattn", "DEF")
 _LIB.define(f"attend(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)")
 _LIB.define(
@@ -173,13 +173,19 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
         inputs = (q, k, v) if dtype == q.dtype else (q.to(dtype), k.to(dtype), v.to(dtype))
         out, lse = _run(mechanism, kernel, *inputs, call.to_dtype(dtype), args[_SINK])
     if lse is None:
-        lse = q.new_empty(_lse_shape(q, kernel), dtype=wide(q.dtype))
-    return out.to(q.dtype).contiguous(), lse.to(wide(q.dtype)).contiguous()
+        lse = q.new_empty(_lse_shape(q, kernel))
+    return out.to(q.dtype).contiguous(), lse.to(_lse_dtype(q, kernel)).contiguous()
 
 
 def _lse_shape(q: Tensor, kernel: str) -> tuple[int, ...]:
     # Only softmax has a log normaliser.
     return tuple(q.shape[:3]) if kernel.startswith("softmax:") else (0,)
+
+
+def _lse_dtype(q: Tensor, kernel: str) -> torch.dtype:
+    # The native gradients measure all weights of a row from it: its rounding to float32 would be
+    # an error of each. `EngineImplementation` rounds what the caller gets.
+    return torch.float64 if kernel == "softmax:native" else wide(q.dtype)
 
 
 def _backward(
@@ -196,6 +202,8 @@ def _backward(
     bias, sink = args[_BIAS], args[_SINK]
     with without_autocast(q.device.type):
         call = _rebuild(mechanism, q, k, v, args)
+        if sink is not None:  # lse and out have its share
+            call = call.replace(sink_logits=sink)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         dtype = _digits(kernel, call, call.batch, True)
         inputs = (q, k, v)
@@ -220,7 +228,7 @@ def _backward(
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
-    return out, q.new_empty(_lse_shape(q, args[-1]), dtype=wide(q.dtype))
+    return out, q.new_empty(_lse_shape(q, args[-1]), dtype=_lse_dtype(q, args[-1]))
 
 
 def _backward_fake(

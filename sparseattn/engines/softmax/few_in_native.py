@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ...call import AttentionCall
-from ...digits import wide
 from ..native import library
 from . import plan
 from .in_native import ROWS, pack, rows_of
@@ -31,7 +30,7 @@ def attend_masked(
     q, k, v = (rows_of(x) for x in (q, k, v))
     shape, keys = (call.batch, call.q_heads, call.n), k.shape[2]
     out = q.new_empty((*shape, call.value_dim))
-    lse = torch.empty(shape, dtype=wide(q.dtype))
+    lse = torch.empty(shape, dtype=torch.float64)
     run = torch.tensor([[0, 0, call.n, 0, keys, -call.n, keys, 0]], dtype=torch.int32)
     tiles = torch.tensor(
         [[0, at, 0, 0, 0, 0, 0, 0] for at in range(-(-call.n // ROWS))], dtype=torch.int32
@@ -45,4 +44,4 @@ def attend_masked(
     call = call.replace(m=keys, key_mask=None, fixed_placement=None)
     given = pack(call, made, call.batch, (q, k, v, out), lse, None, place)
     library.call("sparseattn_softmax_rows", given)
-    return out, lse
+    return out, lse.float()

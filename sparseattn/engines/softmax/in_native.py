@@ -15,7 +15,7 @@ from torch import Tensor
 from ...call import AttentionCall
 from ...runs import Run, cut
 from ..native import library
-from ..op import FEW_PAIRS, KERNELS
+from ..op import FEW_PAIRS, FEW_PAIRS_BACKWARD, KERNELS
 from . import plan
 
 MOST_WIDTH = 256  # of a head, for keys and for values
@@ -38,9 +38,13 @@ def _place(x: Tensor) -> tuple[int, ...]:
     return (x.data_ptr(), *x.stride()[:3])
 
 
-def is_exact(call: AttentionCall) -> bool:
-    """Whether so few pairs are computed that the rounding of single numbers would show."""
-    return call.dtype == torch.float32 and call.q_heads * call.n * call.m < FEW_PAIRS
+def is_exact(call: AttentionCall, backward: bool = False) -> bool:
+    """Whether so few pairs are computed that the rounding of single numbers would show: then rows
+    are computed in float64, and gradients measure their weights anew. The pairs of one row of the
+    batch count, so that its bits are the same in any batch.
+    """
+    most = FEW_PAIRS_BACKWARD if backward else FEW_PAIRS
+    return call.dtype == torch.float32 and call.q_heads * call.n * call.m < most
 
 
 def pack(
@@ -59,6 +63,9 @@ def pack(
         tensors: q, k, v, out and, backward, the gradients of out, q, k and v.
         mask: address and steps, from row to row and from query to query, of allowed keys.
     """
+    exact = int(is_exact(call, len(tensors) > 4))
+    if exact and call.sink_logits is not None:
+        exact = 2  # WITH_SINKS of source/call.h
     places = [_place(x) for x in tensors] + [_NONE] * (8 - len(tensors))
     return _BLOCK.pack(
         *(number for place in places for number in place),
@@ -68,7 +75,7 @@ def pack(
         *mask,
         *(len(made.tiles), batch, call.batch, call.q_heads, call.kv_heads, call.n, call.m),
         *(call.head_dim, call.value_dim),
-        *(made.band, call.dtype == torch.bfloat16, is_exact(call), torch.get_num_threads()),
+        *(made.band, call.dtype == torch.bfloat16, exact, torch.get_num_threads()),
         *(call.scale, call.softcap or 0.0),
     )
 
@@ -114,7 +121,7 @@ class _Launcher:
         shape = (call.batch, call.q_heads, call.n)
         whole = self.whole()  # queries in no run are empty rows
         out = (q.new_empty if whole else q.new_zeros)((*shape, call.value_dim))
-        lse = torch.empty(shape, dtype=torch.float32)
+        lse = torch.empty(shape, dtype=torch.float64)
         if not whole:
             lse.fill_(-torch.inf)
         if self.runs and call.q_heads:
@@ -132,7 +139,7 @@ class _Launcher:
         if self.runs and call.q_heads:
             made, lse, out = self.plan(), lse.contiguous(), rows_of(out)
             tensors = (out, rows_of(grad_out), dq, dk, dv)
-            slope = None if grad_lse is None else grad_lse.contiguous()
+            slope = None if grad_lse is None else grad_lse.float().contiguous()
             library.call("sparseattn_softmax_backward", self.block(made, tensors, lse, slope))
         return dq, dk, dv
 
@@ -156,15 +163,11 @@ class NativeKernel:
             reasons.append(f"heads may be {MOST_WIDTH} wide, and these are {widths}")
         if max(call.n, call.m) >= MOST_TOKENS:
             reasons.append(f"it takes fewer than {MOST_TOKENS} queries and keys")
-        if mechanism.is_dynamic:
-            reasons.append("selections are computed by torch")
         return reasons or self.missing()
 
     def forward(
         self, mechanism: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     ) -> tuple[Tensor, Tensor]:
-        if q.dtype == torch.float64:  # few pairs of a backward: see `op`
-            return KERNELS["softmax:torch"].forward(mechanism, q, k, v, call)  # type: ignore[return-value]
         if call.value_dim == 0:
             # Nothing to weigh, but lse is still defined: lend the values a column of zeros.
             padded = v.new_zeros(*v.shape[:3], 1)
@@ -184,9 +187,6 @@ class NativeKernel:
         lse: Tensor,
         call: AttentionCall,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        if q.dtype == torch.float64:
-            given = (grad_out, grad_lse, q, k, v, out, lse)
-            return KERNELS["softmax:torch"].backward(mechanism, *given, call)
         if call.value_dim == 0:
             grad_out, v, out = (x.new_zeros(*x.shape[:3], 1) for x in (grad_out, v, out))
             call = call.replace(value_dim=1)

@@ -21,13 +21,13 @@ struct Rows {
 // sparseattn/engines/softmax/in_native.py.
 struct Call {
     Rows q, k, v, out, grad, dq, dk, dv;
-    int64_t lse, grad_lse;                        // [B, Hq, N] float32 in one piece; grad_lse or 0
+    int64_t lse, grad_lse;                        // [B, Hq, N] in one piece, float64 and float32; grad_lse or 0
     int64_t runs, tiles, cols, looks, masks;      // int32 tables
     int64_t key_mask, key_mask_row;               // bytes [B, M] where keys have holes, or 0
     int64_t key_mask_query;                       // its step from query to query, for rows alone
     int64_t tile_count, batch, rows;              // batch: of each tile; rows: of the tensors
     int64_t q_heads, kv_heads, n, m, head_dim, value_dim;
-    int64_t band, half, exact, threads;           // half: bfloat16; exact: rows in float64
+    int64_t band, half, exact, threads;           // half: bfloat16; exact: few pairs
     double scale, softcap;                        // softcap 0: none
 
     int64_t groups() const { return q_heads / kv_heads; }
@@ -45,6 +45,7 @@ constexpr int ROWS = 32;        // queries in a tile: its lanes
 constexpr int VECTORS = ROWS / LANES;
 constexpr int KEYS = 64;        // keys in a block
 constexpr int WHOLE = KEYS / MOST_ROWS * MOST_ROWS;  // of which the products have no rest
+constexpr int64_t WITH_SINKS = 2;  // of exact: weights do not add up to 1
 constexpr int MOST_WIDTH = 256;  // of a head
 constexpr int WORDS = KEYS / 32;  // of a row of a mask
 

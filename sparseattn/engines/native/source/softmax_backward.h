@@ -116,7 +116,8 @@ class BackwardTask {
         const uint8_t* allowed = nullptr;
         if (call_.key_mask) allowed = reinterpret_cast<const uint8_t*>(call_.key_mask) + b * call_.key_mask_row + run.key;
         const Sight sight{run.low, run.high, first, run.keys, allowed};
-        for_stretches(call_, tile, Mode::PAIRED, [&](const Stretch& here) {
+        // The logits of a stretch, and the slopes of the weights; whether some pairs may be hidden.
+        auto look = [&](const Stretch& here) {
             const int64_t j = run.key + here.start, count = here.count;
             product<Product, false>(
                 count, ROWS, Mode::PAIRED ? (d + 1) / 2 : d, from_.across_keys(b, kv, j),
@@ -127,6 +128,19 @@ class BackwardTask {
             if (units_.before) cap(logits_, count, units_.before);
             const bool partly = here.banded || here.bits || allowed;
             if (partly) hide(logits_, here, sight);
+            return partly;
+        };
+        if (call_.exact) {
+            alignas(64) float total[ROWS] = {}, mean[ROWS] = {};
+            for_stretches(call_, tile, Mode::PAIRED, [&](const Stretch& here) {
+                look(here);
+                sum_up(here.count, total, mean);
+            });
+            settle(total, mean, rows, b, head, query);
+        }
+        for_stretches(call_, tile, Mode::PAIRED, [&](const Stretch& here) {
+            const int64_t j = run.key + here.start, count = here.count;
+            const bool partly = look(here);
             weigh(count);
             Factor keys;
             if (partly && !finite_rows(call_.k.template row<T>(b, kv, j), call_.k.token, count, d))
@@ -157,16 +171,17 @@ class BackwardTask {
     // Queries and gradients of a tile, as rows and as columns; those of a row that sees nothing are 0.
     void load_rows(int64_t b, int64_t head, int64_t query, int64_t rows) {
         const int64_t d = call_.head_dim, dv = call_.value_dim, at = (b * call_.q_heads + head) * call_.n + query;
-        const float* lse = reinterpret_cast<const float*>(call_.lse) + at;
+        const double* lse = reinterpret_cast<const double*>(call_.lse) + at;
         const float* slope = call_.grad_lse ? reinterpret_cast<const float*>(call_.grad_lse) + at : nullptr;
         std::memset(q_rows_, 0, size_t(wide_ * ROWS * 4));
         std::memset(g_rows_, 0, size_t(wide_v_ * ROWS * 4));
         std::memset(dq_, 0, size_t(d * ROWS * 4));
         for (int64_t r = 0; r < ROWS; ++r) {
             base_[r] = INF;  // no weights: a row past the last query may see keys by its place
-            delta_[r] = 0.0f;
+            rest_[r] = delta_[r] = 0.0f;
             if (r >= rows || lse[r] == -INF) continue;
-            base_[r] = float(double(lse[r]) / LN2);
+            base_[r] = float(lse[r] / LN2);
+            rest_[r] = float(lse[r] / LN2 - base_[r]);
             const T* q = call_.q.template row<T>(b, head, query + r);
             const T* g = call_.grad.template row<T>(b, head, query + r);
             const T* o = call_.out.template row<T>(b, head, query + r);
@@ -187,16 +202,50 @@ class BackwardTask {
         pair_wide_rows(g_rows_, wide_v_, g_row_pairs_);
     }
 
+    // The weights of each row and their slopes, summed as they come out here.
+    void sum_up(int64_t count, float* total, float* mean) const {
+        for (int64_t r = 0; r < ROWS; r += LANES) {
+            const vf base = load(base_ + r), rest = load(rest_ + r);
+            vf weights = splat(0.0f), slopes = splat(0.0f);
+            for (int64_t j = 0; j < count; ++j) {
+                const vf x = load(logits_ + j * ROWS + r);
+                const vi hidden = (x == -INF) | (base == INF);
+                const vf p = exp2v<!Mode::PAIRED>(x * units_.unit - base - rest);
+                const vf s = p * load(slopes_ + j * ROWS + r);
+                weights += hidden ? splat(0.0f) : p;
+                slopes += hidden ? splat(0.0f) : s;
+            }
+            store(total + r, load(total + r) + weights);
+            store(mean + r, load(mean + r) + slopes);
+        }
+    }
+
+    // What these sums say of a row in place of its lse and output, whose own rounding is an error of
+    // all its weights alike: where few numbers are added up it would show.
+    void settle(const float* total, const float* mean, int64_t rows, int64_t b, int64_t head, int64_t query) {
+        const float* slope = reinterpret_cast<const float*>(call_.grad_lse);
+        if (slope) slope += (b * call_.q_heads + head) * call_.n + query;
+        for (int64_t r = 0; r < rows; ++r) {
+            if (base_[r] == INF || !(total[r] > 0.0f)) continue;
+            const float sum = call_.exact == WITH_SINKS ? 1.0f : total[r];  // a sink takes the rest of 1
+            rest_[r] += float(std::log2(double(sum)));
+            delta_[r] = mean[r] / sum - (slope ? slope[r] : 0.0f);
+        }
+    }
+
     // Logits become weights, and slopes of weights become slopes of logits before the softcap.
     void weigh(int64_t count) {
         for (int64_t r = 0; r < ROWS; r += LANES) {
-            const vf base = load(base_ + r), delta = load(delta_ + r);
+            const vf base = load(base_ + r), rest = load(rest_ + r), delta = load(delta_ + r);
             for (int64_t j = 0; j < count; ++j) {
                 const vf x = load(logits_ + j * ROWS + r);
-                const vf p = exp2v<!Mode::PAIRED>(x * units_.unit - base);
+                // Whatever hidden keys and values hold, or those that a row past the last query sees.
+                const vi hidden = (x == -INF) | (base == INF);
+                vf p = exp2v<!Mode::PAIRED>(x * units_.unit - base - rest);
                 vf s = p * (load(slopes_ + j * ROWS + r) - delta);
                 if (units_.before) s *= 1.0f - x * x;
-                s = (x == -INF) | (base == INF) ? splat(0.0f) : s;  // whatever a hidden value's slope was
+                p = hidden ? splat(0.0f) : p;
+                s = hidden ? splat(0.0f) : s;
                 store(logits_ + j * ROWS + r, p);
                 store(slopes_ + j * ROWS + r, s);
             }
@@ -232,7 +281,8 @@ class BackwardTask {
     Units units_;
     int64_t wide_, wide_v_;
     float *logits_, *slopes_, *q_rows_, *g_rows_, *q_, *g_, *dq_;
-    alignas(64) float base_[ROWS], delta_[ROWS];
+    // The logarithm of a row's sum, base 2, in two parts: its rounding would be an error of all weights.
+    alignas(64) float base_[ROWS], rest_[ROWS], delta_[ROWS];
     Stored* clean_;
     uint32_t *q_pairs_, *g_pairs_, *q_row_pairs_, *g_row_pairs_, *s_pairs_, *k_pairs_;
     bf16* halves_;

@@ -164,11 +164,11 @@ class ForwardTask {
                 mixed_, ROWS);
         });
         alignas(64) float by[ROWS];
-        float* lse = reinterpret_cast<float*>(call_.lse) + (b * call_.q_heads + head) * call_.n + query;
+        double* lse = reinterpret_cast<double*>(call_.lse) + (b * call_.q_heads + head) * call_.n + query;
         for (int64_t r = 0; r < ROWS; ++r) {
             by[r] = state.top[r] == -INF ? 0.0f : 1.0f / state.sum[r];
             if (r < rows)
-                lse[r] = state.top[r] == -INF ? -INF : float((double(state.top[r]) + std::log2(state.sum[r])) * LN2);
+                lse[r] = state.top[r] == -INF ? -INF : (double(state.top[r]) + std::log2(double(state.sum[r]))) * LN2;
         }
         unpack_columns(mixed_, by, call_.out.template row<T>(b, head, query), call_.out.token, rows, call_.value_dim);
     }

@@ -83,8 +83,8 @@ class RowsTask {
                 const Number by = empty ? Number(0) : Number(1) / total;
                 T* out = call_.out.template row<T>(b, head, query);
                 for (int64_t c = 0; c < dv; ++c) narrow(float(sums[c] * by), out[c]);
-                float* lse = reinterpret_cast<float*>(call_.lse) + (b * call_.q_heads + head) * call_.n + query;
-                *lse = empty ? -INF : float((double(top) + std::log2(double(total))) * LN2);
+                double* lse = reinterpret_cast<double*>(call_.lse) + (b * call_.q_heads + head) * call_.n + query;
+                *lse = empty ? -INF : (double(top) + std::log2(double(total))) * LN2;
             }
     }
 
