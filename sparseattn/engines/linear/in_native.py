@@ -49,14 +49,19 @@ class _Group(NamedTuple):
     wide: bool
 
 
-def _groups(call: AttentionCall, runs: list[Run]) -> list[_Group]:
-    """The runs of a call that see any key: by their sizes alone, in float64 or not."""
+def _groups(call: AttentionCall, runs: list[Run], backward: bool = False) -> list[_Group]:
+    """The runs of a call that see any key: by their sizes alone, in float64 or not.
+
+    Where every query sees many keys, the forward kernel takes only products with the state in
+    float64.
+    """
     exact: list[Run] = []
     fast: list[Run] = []
     for run in runs:
         alone = run.subcall(call)
         if trim_future(alone):
-            wide = exactly(alone) or finely(alone) == torch.float64
+            fine = finely(alone) == torch.float64 and (backward or call.causal)
+            wide = call.dtype == torch.float64 or exactly(alone) or fine
             (exact if wide else fast).append(run)
     return [_Group(some, some is exact) for some in (exact, fast) if some]
 
@@ -225,7 +230,7 @@ class NativeKernel:
         )
         # A NaN among the keys would reach the rows before it, in its chunk; torch keeps it apart.
         lost = call.causal and not all(_finite(run, k, v, call) for run in runs)
-        for group in [] if lost else _groups(call, runs):
+        for group in [] if lost else _groups(call, runs, backward=True):
             on = _Launcher(mechanism, q, k, v, call, group)
             length, mean = (torch.ones(q.shape[:3], dtype=torch.float64) for _ in range(2))
             written, given_grad = on.written(dq, dk, dv), on.held(grad_out)

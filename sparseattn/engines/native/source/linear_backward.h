@@ -315,7 +315,7 @@ static inline void linear_backward(const LinearCall& call) {
                 threads, units, shape, [](const Unit& u) { return u.run->keys; },
                 [](const Unit& u) { return u.run->queries; },
                 [&](const Unit& u, int64_t start, Real* own, int64_t w) { workers[w].on.sum_all(u, start, own); },
-                [&](const Unit& u, int64_t start, const Real* met, int64_t w) { workers[w].serve_all(u, start, met); });
+                [&](const Unit& u, int64_t start, const Real* met, const double*, int64_t w) { workers[w].serve_all(u, start, met); });
     }
     typedef LinearKeys<Real> Worker;
     const Shape shape = Worker::shape(call);
@@ -334,7 +334,7 @@ static inline void linear_backward(const LinearCall& call) {
             threads, units, shape, [](const Unit& u) { return u.run->queries; },
             [](const Unit& u) { return u.run->keys; },
             [&](const Unit& u, int64_t start, Real* own, int64_t w) { workers[w].sum_all(u, start, own); },
-            [&](const Unit& u, int64_t start, const Real* met, int64_t w) { workers[w].serve_all(u, start, met); });
+            [&](const Unit& u, int64_t start, const Real* met, const double*, int64_t w) { workers[w].serve_all(u, start, met); });
 }
 
 }  // namespace sparseattn

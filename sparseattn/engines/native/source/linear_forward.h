@@ -66,12 +66,17 @@ class LinearForward {
         }
     }
 
-    void serve_all(const Unit& unit, int64_t start, const Real* met) {
+    void serve_all(const Unit& unit, int64_t start, const Real* met, const double* total) {
         const LinearRun& run = *unit.run;
         const int64_t few = load_few(unit);
         for (int64_t at = start; at < std::min(run.queries, start + SPANNED); at += CHUNK) {
             const Part part{0, std::min<int64_t>(CHUNK, run.queries - at)};
-            for_heads(unit, [&](int64_t h) { write(unit, h, at, part, run.offset + at, few, few ? nullptr : met); });
+            for_heads(unit, [&](int64_t h) {
+                if (std::is_same_v<Real, float> && !chunk.call.half && !few)
+                    write_wide(unit, h, at, part, run.offset + at, total);
+                else
+                    write(unit, h, at, part, run.offset + at, few, few ? nullptr : met);
+            });
         }
     }
 
@@ -147,6 +152,32 @@ class LinearForward {
         });
     }
 
+    // As write, of products with the state in float64: where every query sees many keys, the errors of
+    // the definition in float32 average, one a key, and those of such a product do not.
+    void write_wide(const Unit& unit, int64_t h, int64_t row, Part part, int64_t position, const double* state) {
+        const LinearRun& run = *unit.run;
+        const LinearCall& call = chunk.call;
+        const int64_t e = chunk.e, ff = chunk.ff;
+        chunk.load_queries(run, unit.batch, h, row, part, position);
+        double* phi = static_cast<double*>(wide_.grow(CHUNK * (ff + e + 1) * 8));
+        double *out = phi + CHUNK * ff, *sums = out + CHUNK * e;
+        for (int64_t i = 0; i < ff * CHUNK; ++i) phi[i] = double(chunk.q_phi[i]);
+        multiply_apart<64>(part.count, e, ff, Left<double>{phi, 1, CHUNK}, state, e, out, e);
+        for (int64_t i = 0; i < CHUNK; i += WIDTH<double>) {
+            vd sum = {};
+            for (int64_t g = 0; call.normalize && g < ff; ++g) sum += pick(phi + g * CHUNK + i) * state[ff * e + g];
+            put(sums + i, sum);
+        }
+        double* lengths = call.length ? call.length_row(unit.batch, h, run.query + row) : nullptr;
+        float* to = call.out.row<float>(unit.batch, h, run.query + row);
+        for (int64_t i = 0; i < part.count; ++i) {
+            double sum = call.normalize ? sums[i] : 1.0;
+            if (lengths) lengths[i] = sum;
+            const double by = sum == 0.0 ? 0.0 : 1.0 / sum;
+            for (int64_t c = 0; c < chunk.dv; ++c) to[i * call.out.token + c] = float(out[i * e + c] * by);
+        }
+    }
+
     template <class T>
     void write_row(const Real* from, Real sum, T* to) {
         int64_t c = 0;
@@ -161,7 +192,7 @@ class LinearForward {
         for (; c < chunk.dv; ++c) narrow_to(from[c] / (sum == Real(0) ? Real(INF) : sum), to[c]);
     }
 
-    Room state_;
+    Room state_, wide_;
 };
 
 // One worker's object for each thread, made where it is first needed.
@@ -214,7 +245,9 @@ static inline void linear_forward(const LinearCall& call) {
             call.threads, units, shape, [](const Unit& u) { return u.run->keys; },
             [](const Unit& u) { return u.run->queries; },
             [&](const Unit& u, int64_t start, Real* own, int64_t w) { workers[w].sum_all(u, start, own); },
-            [&](const Unit& u, int64_t start, const Real* met, int64_t w) { workers[w].serve_all(u, start, met); });
+            [&](const Unit& u, int64_t start, const Real* met, const double* total, int64_t w) {
+                workers[w].serve_all(u, start, met, total);
+            });
 }
 
 }  // namespace sparseattn

@@ -145,8 +145,8 @@ static inline void sweep(
     }
 }
 
-// Runs that are not causal: the sum of all spans of `sources` rows, then serve(unit, start, met, worker)
-// for the spans of `served` rows.
+// Runs that are not causal: the sum of all spans of `sources` rows, then
+// serve(unit, start, met, total, worker) for the spans of `served` rows; total is met before it is rounded.
 template <class Real, class Sources, class Served, class Sum, class Serve>
 static inline void gather(
     int64_t threads, const std::vector<Unit>& units, const Shape& shape, const Sources& sources,
@@ -181,7 +181,7 @@ static inline void gather(
         }
         parallel_for(threads, count * widest, [&](int64_t item, int64_t worker) {
             const int64_t u = item / widest, t = item % widest;
-            if (t < spans(served(own_units[u]))) serve(own_units[u], t * SPANNED, met + u * size, worker);
+            if (t < spans(served(own_units[u]))) serve(own_units[u], t * SPANNED, met + u * size, total + u * size, worker);
         });
     }
 }
