@@ -72,15 +72,22 @@ static inline __attribute__((always_inline)) void wide_tile(
     const double* a, int64_t rows, int64_t steps, const double* b, int64_t b_row, double* c,
     int64_t c_row, int64_t count) {
     vd sum[ROWS_][VECTORS_];
+#pragma GCC unroll 16
     for (int i = 0; i < ROWS_; ++i)
+#pragma GCC unroll 16
         for (int v = 0; v < VECTORS_; ++v) sum[i][v] = vd{};
     for (int64_t k = 0; k < count; ++k, a += steps, b += b_row) {
         vd x[VECTORS_];
+#pragma GCC unroll 16
         for (int v = 0; v < VECTORS_; ++v) x[v] = pick(b + v * WIDTH<double>);
+#pragma GCC unroll 16
         for (int i = 0; i < ROWS_; ++i)
+#pragma GCC unroll 16
             for (int v = 0; v < VECTORS_; ++v) sum[i][v] += a[i * rows] * x[v];
     }
+#pragma GCC unroll 16
     for (int i = 0; i < ROWS_; ++i)
+#pragma GCC unroll 16
         for (int v = 0; v < VECTORS_; ++v) {
             double* at = c + i * c_row + v * WIDTH<double>;
             put(at, ADD ? pick(at) + sum[i][v] : sum[i][v]);
@@ -102,8 +109,10 @@ static __attribute__((noinline)) void multiply(
     double* c, int64_t c_row) {
     for (int64_t at = 0; at < width; at += LANES) {
         int64_t i = 0;
-        for (; i + 4 <= height; i += 4)
-            wide_tile<4, 2, ADD>(a.at + i * a.rows, a.rows, a.steps, b + at, b_row, c + i * c_row + at, c_row, count);
+        for (; i + MOST_ROWS <= height; i += MOST_ROWS)
+            wide_tile<MOST_ROWS, 2, ADD>(a.at + i * a.rows, a.rows, a.steps, b + at, b_row, c + i * c_row + at, c_row, count);
+        for (; i + 2 <= height; i += 2)
+            wide_tile<2, 2, ADD>(a.at + i * a.rows, a.rows, a.steps, b + at, b_row, c + i * c_row + at, c_row, count);
         for (; i < height; ++i)
             wide_tile<1, 2, ADD>(a.at + i * a.rows, a.rows, a.steps, b + at, b_row, c + i * c_row + at, c_row, count);
     }
