@@ -329,7 +329,10 @@ class KernelizedLinear(Mechanism):
         return []
 
     def implementations(self) -> tuple[Implementation, ...]:
-        return engine_implementations("linear")
+        found = engine_implementations("linear")
+        # The native kernels evaluate feature maps on the way: they need them in words.
+        said = type(self).fused_maps is not KernelizedLinear.fused_maps
+        return tuple(x for x in found if said or x.name != "native")
 
     def _cache_kind(self) -> tuple[type[Cache], dict[str, Any]]:
         return (StateCache if self._uses("linear") else KeyCache), {}

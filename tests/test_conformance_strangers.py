@@ -41,7 +41,7 @@ def test_a_class_an_instance_and_a_spec_are_checked() -> None:
     for given in (Stranger, Stranger(5), "windowed(window=3)", sa.mechanism("chunked", chunk=3)):
         results = check_mechanism(given, laws=QUICK)
         assert {r.status for r in results} == {"passed"}, [str(r) for r in results]
-        assert {r.implementation for r in results} == {"definition", "torch", "reference"}
+        assert {r.implementation for r in results} >= {"definition", "torch", "reference"}
     # Cases of 65 tokens would see nothing of a window of 100.
     assert check_mechanism(Stranger, laws=QUICK)[0].mechanism == "stranger(window=4)"
     assert_mechanism(Stranger, laws=QUICK)
@@ -187,7 +187,9 @@ class NoBias(Stranger):
 @parametrize_with_checks([NoBias, "windowed(window=3)"], laws=["bias_may_be_broadcast"])
 def test_what_is_refused_in_words_is_no_skip(check) -> None:
     result = check()
-    assert result.status == ("refused" if "no_bias" in result.mechanism else "passed")
+    # The native kernels take no bias of any mechanism.
+    refuses = "no_bias" in result.mechanism or result.implementation == "native"
+    assert result.status == ("refused" if refuses else "passed")
 
 
 def test_threads_are_as_they_were() -> None:

