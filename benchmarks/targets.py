@@ -181,6 +181,9 @@ class ReadyMade(sa.KernelizedLinear):
     def feature_map(self, x: Tensor, positions: Tensor, call: sa.AttentionCall) -> Tensor:
         return x
 
+    def fused_maps(self, call: sa.AttentionCall) -> tuple[sa.FusedMap, sa.FusedMap]:
+        return sa.FusedMap(), sa.FusedMap()
+
 
 def linear() -> Iterator[Case]:
     n = 8192

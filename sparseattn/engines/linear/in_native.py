@@ -148,7 +148,7 @@ class _Launcher:
             *(half, self.group.wide, torch.get_num_threads()),
             *(own.scale, other.scale, own.turn or 0.0, own.drop, other.drop),
         )
-        library.call(kernel, block)
+        library.call(f"{kernel}_{'double' if self.group.wide else 'float'}", block)
 
     def lost(self, length: Tensor) -> Tensor | None:
         """Which rows have sums that their numbers do not hold, of length `[B, Hq, N]`; None for
