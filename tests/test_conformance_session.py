@@ -92,7 +92,7 @@ def test_a_line_without_a_reason_is_refused(tmp_path: Path) -> None:
 def test_the_list_stays_short() -> None:
     lines = (HERE / "allowed_skips.txt").read_text().splitlines()
     rules = [line for line in lines if line.strip() and not line.startswith("#")]
-    assert len(rules) <= 9 and all("|" in rule for rule in rules)
+    assert len(rules) <= 12 and all("|" in rule for rule in rules)
 
 
 def test_memory_that_nothing_has_written_holds_nan() -> None:

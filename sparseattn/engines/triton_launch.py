@@ -143,11 +143,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel[grid](*args, **options)
 
 
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """x with its last dimension in one piece, as kernels read it."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def padded(width: int) -> int:
     """The width of a tile that holds rows of `width`: a power of two from 16 on."""
     return max(16, 1 << (width - 1).bit_length())

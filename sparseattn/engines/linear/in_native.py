@@ -19,6 +19,7 @@ from ...digits import all_finite
 from ...runs import Run, cut, trim_future
 from ..native import library
 from ..op import KERNELS
+from ..rows import rows_of
 from .maps import FusedMap, in_words
 from .plan import exactly, finely
 from .results import result, whole
@@ -30,11 +31,6 @@ MOST_TOKENS = 2**40  # positions, and sums of them, stay within int64
 _BLOCK = struct.Struct("=55q5d")
 _NONE = (0, 0, 0, 0)
 _FUNCTIONS = {"identity": 0, "elu_plus_one": 1, "relu": 2, "exp": 3}
-
-
-def _rows_of(x: Tensor) -> Tensor:
-    """x with its last dimension in one piece, as kernels read it."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _place(x: Tensor) -> tuple[int, ...]:
@@ -95,7 +91,7 @@ class _Launcher:
         self.mask = None
         if any(run.holes is not None for run in group.runs):
             assert call.key_mask is not None
-            self.mask = _rows_of(call.key_mask)
+            self.mask = rows_of(call.key_mask)
         rows = []
         for run in group.runs:
             batches, reach = run.batch.stop - run.batch.start, trim_future(run.subcall(call))
@@ -105,7 +101,7 @@ class _Launcher:
 
     def held(self, x: Tensor) -> Tensor:
         """x as kernels read it: widened where they compute in float64."""
-        return _rows_of(x.to(self.number) if self.group.wide else x)
+        return rows_of(x.to(self.number) if self.group.wide else x)
 
     def written(self, *results: Tensor) -> Any:
         """Where to write results: themselves, or what `take` has to round."""

@@ -21,7 +21,8 @@ from ...call import AttentionCall
 from ...digits import wide
 from ...runs import cut
 from ..op import KERNELS
-from ..triton_launch import MOST_TOKENS, MOST_WIDTH, missing, reasons_against, rows_of
+from ..rows import rows_of
+from ..triton_launch import MOST_TOKENS, MOST_WIDTH, missing, reasons_against
 from .results import result, whole
 from .scaled import out_of_range
 from .sweeps import count_features

@@ -11,7 +11,8 @@ from torch import Tensor
 from ...call import AttentionCall
 from ...digits import wide
 from ...runs import Run
-from ..triton_launch import halves, launch, rows_of, target
+from ..rows import rows_of
+from ..triton_launch import halves, launch, target
 from .maps import FusedMap
 from .triton_carried import carries, span, walk, walk_back
 

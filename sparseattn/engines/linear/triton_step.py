@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...call import AttentionCall
-from ..triton_launch import halves, launch, reasons_against, rows_of
+from ..rows import rows_of
+from ..triton_launch import halves, launch, reasons_against
 from .triton_launcher import logs_of
 from .triton_pieces import declared
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ...call import AttentionCall
 from ..native import library
+from ..rows import rows_of
 from . import plan
-from .in_native import ROWS, pack, rows_of
+from .in_native import ROWS, pack
 
 MOST_ROWS = 64  # queries times query heads of a group
 _NONE = torch.zeros(1, dtype=torch.int32)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...call import AttentionCall
 from ...digits import wide
-from ..triton_launch import launch, rows_of, target
+from ..rows import rows_of
+from ..triton_launch import launch, target
 from .launches import constants, numbers
 
 MOST_ROWS = 64  # queries times query heads of a group

@@ -16,6 +16,7 @@ from ...call import AttentionCall
 from ...runs import Run, cut
 from ..native import library
 from ..op import FEW_PAIRS, FEW_PAIRS_BACKWARD, KERNELS
+from ..rows import rows_of
 from . import plan
 
 MOST_WIDTH = 256  # of a head, for keys and for values
@@ -26,11 +27,6 @@ _BLOCK = struct.Struct("=55q2d")
 _NONE = (0, 0, 0, 0)
 # Of so few queries a tile would be mostly empty: rows are served one by one.
 _FEW_QUERIES = 8
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x with its last dimension in one piece, as kernels read it."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _place(x: Tensor) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from ...call import AttentionCall
 from ...digits import wide
 from ...runs import cut
 from ..op import KERNELS
+from ..rows import rows_of
 from ..triton_launch import (
     MOST_TOKENS,
     MOST_WIDTH,
@@ -22,7 +23,6 @@ from ..triton_launch import (
     launch,
     missing,
     reasons_against,
-    rows_of,
     target,
 )
 from . import few_in_triton, plan, selected_in_triton, specialised_backward, specialised_in_triton
