@@ -23,7 +23,7 @@ import sparseattn as sa
 from sparseattn.harness import manifest, store
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-SPECS = ("full", "windowed(window=256)", "bigbird", "strided", "linear")
+SPECS = ("full", "windowed(window=256)", "bigbird", "strided", "dilated", "linear")
 _BACKWARD_UP_TO = 2048  # longer ones take minutes, and change nothing
 
 

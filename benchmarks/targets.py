@@ -30,6 +30,7 @@ from torch import Tensor
 
 import sparseattn as sa
 from sparseattn.engines.native import library
+from sparseattn.engines.softmax import in_native
 from sparseattn.harness import manifest, measure, store
 from sparseattn.layout import Grid
 from sparseattn.testing import budgets
@@ -55,6 +56,7 @@ class Case:
     ours: Callable[[str], Any]
     peer: Run
     checked: Callable[[str], None] = lambda impl: None
+    length: int = 0
 
 
 def race(runs: list[Run], rounds: int) -> list[list[float]]:
@@ -114,6 +116,7 @@ def attend(
         ours,
         peer[1],
         lambda impl: check(mechanism, *x, impl, **given),
+        x[0].shape[2],
     )
 
 
@@ -246,13 +249,19 @@ Limit = tuple[str, float | None, float]
 def bare_native(q: Tensor, k: Tensor, v: Tensor) -> Run:
     """The C++ kernel of a causal call, alone."""
     heard: list[tuple[str, bytes]] = []
-    before, library.call = library.call, lambda name, block: heard.append((name, block))
+    kept: list[Any] = []  # all that the block points to
+    call, pack = library.call, in_native.pack
+
+    def packed(*given: Any) -> bytes:
+        kept.append(given)
+        return pack(*given)
+
+    library.call, in_native.pack = lambda name, block: heard.append((name, block)), packed
     try:
-        kept = sa.attention(q, k, v, causal=True, impl="native", return_lse=True)
+        sa.attention(q, k, v, causal=True, impl="native")
     finally:
-        library.call = before
-    # What the block points to lives as long as `kept` and the kept plan do.
-    return lambda kept=kept: before(*heard[0])
+        library.call, in_native.pack = call, pack
+    return lambda kept=kept: call(*heard[0])
 
 
 def overhead(rounds: int) -> Iterator[Limit]:
@@ -349,6 +358,7 @@ def measured(case: Case, impls: list[str], rounds: int) -> Iterator[dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--longest", type=int, default=2**20, help="cases of no more queries")
     parser.add_argument("--impl", nargs="+", default=list(IMPLS), choices=IMPLS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="store the results there")
@@ -359,7 +369,7 @@ def main() -> None:
     print(f"{'case':58}{'beside':16}{'impl':8}{'ratio':>8}{'spread':>14}{'target':>8}")
     for group in (windows, block_sparse, linear, dense):
         for case in group():
-            if given.only not in case.name:
+            if given.only not in case.name or case.length > given.longest:
                 continue
             for row in measured(case, impls, given.rounds):
                 low, high = row["quartiles"]

@@ -216,6 +216,11 @@ class Strided(sa.MaskedSoftmax):
     def layout(self, grid: sa.Grid) -> sa.Layout:
         return grid.band(self.stride - 1, self.stride - 1) | grid.step(self.stride)
 
+    def implementations(self) -> tuple[sa.Implementation, ...]:
+        # Its far keys stand alone: torch gathers them, while the native kernels go through every
+        # block that holds one, and fall behind from a thousand tokens on.
+        return tuple(sorted(super().implementations(), key=lambda one: one.name == "native"))
+
 
 class Plugin:
     """The entry point's object."""

@@ -248,7 +248,9 @@ static inline void powers(
             store(state.top + r, top);
         }
         vf base = top == -INF ? splat(0.0f) : top;
-        vf sums[4] = {total, splat(0.0f), splat(0.0f), splat(0.0f)};
+        // Apart from the total: thousands of small numbers, each added to a large one, would cost it
+        // digits that a mean of many values shows.
+        vf sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
         for (j = 0; j + 4 <= count; j += 4)
             for (int u = 0; u < 4; ++u) {
                 vf p = exp2v<FINE>(load(logits + (j + u) * ROWS + r) * unit - base);
@@ -260,7 +262,7 @@ static inline void powers(
             sums[0] += p;
             store(logits + j * ROWS + r, p);
         }
-        store(state.sum + r, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+        store(state.sum + r, total + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
     }
 }
 
