@@ -201,7 +201,7 @@ class ForwardTask {
     uint32_t *q_pairs_, *p_pairs_, *v_pairs_;
 };
 
-// Enough work for a task of its own; less is done together, on the caller's thread.
+// One task for each tile and head, each with a room of its worker's own.
 template <class Task, class Source>
 static inline void each_task(const Call& call, const Source& sources) {
     const int64_t heads = call.batch * call.q_heads, count = call.tile_count * heads;
